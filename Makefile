@@ -22,6 +22,7 @@ help: ## list the targets
 	  Makefile
 
 setup: $(STAMP) ## build .venv from requirements.lock (does nothing if current)
+	@echo ".venv is ready"
 
 # An existing .venv is kept where its interpreter still runs, so that an
 # interrupted or outdated installation is completed and not started anew.
