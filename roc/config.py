@@ -1,0 +1,375 @@
+"""What a run is: frozen dataclasses, and the ConfigDict they are set through.
+
+Experiments and the command line write into a locked `ConfigDict`; `resolve`
+checks it as a whole and freezes it into `Config`, which is all that the
+programs ever see. A new setting is one line in one dataclass below: its name,
+its type, its default and, as the comment on it, its help text.
+
+Everything here changes a compiled program, the optimisation, a seed, a cadence
+or a path. How the host side is built (task, tools, rewards, sandbox) belongs to
+gin (`roc.wiring`); `host` below only says which gin files and bindings to read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import ml_collections
+
+from roc import config_checks, errors
+from roc.device import model as model_lib
+
+ModelConfig = model_lib.ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """How the devices are laid out; the product is the number of devices."""
+
+  data: int = 1  # copies of the parameters, each with its share of the rows
+  fsdp: int = 1  # parameters and rows both split
+  tensor: int = 1  # heads and feed-forward width split
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How rollouts are drawn."""
+
+  n_slots: int = 64  # rollouts that are decoded at once
+  chunk: int = 16  # tokens decoded on the device between two looks at the host
+  extend_chunk: int = 32  # tokens of a tool's answer fed in per call
+  cache_length: int = 256  # key/value cache of a slot: prompt + max_tokens
+  temperature: float = 1.0  # of the softmax; log-probs are taken at it too
+  top_k: int = 0  # keep the k likeliest tokens; 0: all
+  top_p: float = 1.0  # keep the likeliest tokens up to this mass; 1: all
+  max_turns: int = 4  # assistant turns of a rollout
+  max_tokens: int = 160  # budget of a rollout after its prompt, tools included
+  max_calls: int = 8  # tool calls of a rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The policy-gradient loss."""
+
+  kind: Literal["clip", "gspo", "cispo"] = "clip"  # the surrogate
+  eps_low: float = 0.2  # lower clip bound: 1 - eps_low
+  eps_high: float = 0.28  # upper clip bound: 1 + eps_high
+  dual_clip: float = 0.0  # bound for negative advantages, above 1; 0: off
+  # What a token is divided by: the tokens of its prompt's group, all tokens of
+  # the batch, or a constant length.
+  normaliser: Literal["prompt", "token", "dr_grpo"] = "prompt"
+  scale_by_std: bool = True  # divide advantages by the group's deviation
+  ddof: int = 1  # of that deviation
+  kl_coef: float = 0.0  # weight of the divergence from the first policy
+  entropy_coef: float = 0.0  # weight of the entropy bonus
+  # Weight by trainer over sampler probability; needs old_logprobs=recompute.
+  correction: Literal["none", "tis", "icepop", "sequence", "geometric"] = "none"
+  correction_low: float = 0.5  # ratios under it are dropped
+  correction_high: float = 2.0  # ratios over it are dropped, or cut by tis
+  # Old log-probs: as sampled, or computed again by the train step.
+  old_logprobs: Literal["sampler", "recompute"] = "sampler"
+  logprob_chunk: int = 1024  # tokens whose logits exist at one time
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+  """Resample on correct, and the row filters that stack on it."""
+
+  mode: Literal["sort", "inverse", "uniform", "none"] = "sort"  # the resampler
+  n_drawn: int = 16  # rollouts drawn per problem
+  n_kept: int = 8  # rollouts of them that are trained on
+  min_pos: int = 1  # correct rollouts kept if there are as many
+  min_neg: int = 1  # wrong rollouts kept if there are as many
+  eps: float = 0.1  # inverse: weight 1 / (penalty + eps)
+  drop_equal_reward: bool = True  # leave out groups of one outcome
+  drop_void_turns: bool = False  # leave out rollouts with a void turn
+  # Truncated rollouts: keep with reward 0, leave out, or penalise by length.
+  overlong: Literal["keep", "mask", "soft"] = "keep"
+  overlong_buffer: int = 16  # soft: last tokens of max_tokens that cost
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Reinforcement learning: schedule, batch and optimizer."""
+
+  steps: int = 60  # updates of the policy
+  prompts: int = 16  # problems per step
+  lr: float = 1e-4  # peak learning rate
+  warmup: int = 5  # steps of linear warm-up
+  schedule: Literal["constant", "cosine"] = "constant"  # after the warm-up
+  weight_decay: float = 0.0  # AdamW's
+  b1: float = 0.9  # AdamW's
+  b2: float = 0.95  # AdamW's
+  grad_clip: float = 1.0  # largest global norm of a gradient; 0: off
+  minibatches: int = 1  # optimizer steps per batch of rollouts
+  microbatch_rows: int = 0  # rows per gradient accumulation; 0: all at once
+  buckets: tuple[int, ...] = (96, 128, 192, 256)  # padded lengths of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+  """Supervised fine-tuning on demonstrations."""
+
+  n_demos: int = 4000  # demonstrations
+  steps: int = 600  # updates
+  rows: int = 64  # packed rows per update
+  length: int = 192  # tokens per row
+  lr: float = 1e-3  # peak learning rate
+  warmup: int = 20  # steps of linear warm-up
+  schedule: Literal["constant", "cosine"] = "cosine"  # after the warm-up
+  weight_decay: float = 0.01  # AdamW's
+  b1: float = 0.9  # AdamW's
+  b2: float = 0.95  # AdamW's
+  grad_clip: float = 1.0  # largest global norm of a gradient; 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Accuracy on held-out problems."""
+
+  every: int = 10  # steps between evaluations; 0: only the first and last
+  n_problems: int = 128  # held-out problems
+  samples: int = 1  # rollouts per problem
+  temperature: float = 1.0  # of the softmax; 0: greedy
+  head: bool = True  # also ask for the answer without the tool
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When everything is saved."""
+
+  every: int = 5  # steps between checkpoints
+  keep: int = 2  # newest checkpoints that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What a run shows and writes beside its metrics."""
+
+  traces_every: int = 1  # steps between trace files; 0: none
+  tensorboard: bool = True  # write event files under logs/
+  progress: bool = True  # show progress on the terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class HostConfig:
+  """Which gin files and bindings build the host side."""
+
+  gin_files: tuple[str, ...] = ()  # read in order
+  gin_bindings: tuple[
+    str, ...
+  ] = ()  # "name.parameter = value", after the files
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run, checked and frozen."""
+
+  seed: int = 0  # of everything that is random
+  init_from: str = ""  # workdir or checkpoint whose parameters to start from
+  model: ModelConfig = ModelConfig()
+  mesh: MeshConfig = MeshConfig()
+  sampling: SamplingConfig = SamplingConfig()
+  loss: LossConfig = LossConfig()
+  filter: FilterConfig = FilterConfig()
+  train: TrainConfig = TrainConfig()
+  sft: SftConfig = SftConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  host: HostConfig = HostConfig()
+
+
+# ---------------------------------------------------------- to and from text
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns every setting at its default, locked: unknown keys are errors."""
+  config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+  return config.lock()
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+  """Checks a ConfigDict as a whole and freezes it.
+
+  Args:
+    config: made by `default_config` and overridden; other keys are errors.
+
+  Returns:
+    The frozen `Config` that programs take.
+
+  Raises:
+    errors.UserError: an unknown key, a wrong type or values that do not fit
+      together, in one sentence that names the keys and the remedy.
+  """
+  resolved = _build(Config, config.to_dict(), "")
+  config_checks.check(resolved)
+  return resolved
+
+
+def to_json(config: Config) -> str:
+  """Returns the configuration as indented JSON, the text of config.json."""
+  return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> Config:
+  """Reads back what `to_json` wrote; `where` names the file in errors."""
+  try:
+    values = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise errors.UserError(
+      f"{where} line {e.lineno}: not JSON ({e.msg}); restore the file or start"
+      " in another workdir"
+    ) from None
+  return _build(Config, values, "")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+  """Returns `{"train.lr": 1e-4, ...}`, one entry per setting."""
+  return dict(_leaves(dataclasses.asdict(config), ""))
+
+
+def help_texts() -> dict[str, str]:
+  """Returns `{"train.lr": "peak learning rate", ...}` from the comments."""
+  return {
+    f"{prefix}{field.name}": text
+    for prefix, cls in _sections(Config, "")
+    for field, text in zip(
+      (f for f in dataclasses.fields(cls) if not _is_section(f.type)),
+      config_checks.comments(cls),
+      strict=True,
+    )
+  }
+
+
+# ------------------------------------------------------------ what a run is
+
+# These change how often something is saved or shown, or where, and nothing
+# that a run computes.
+_NOT_IDENTITY = ("checkpoint.", "log.", "eval.every")
+# A program's run is not changed by the settings of another program.
+_NOT_READ_BY = {
+  "sft": ("train.", "loss.", "filter.", "init_from"),
+  "train": ("sft.",),
+}
+
+
+def identity(config: Config, program: str = "train") -> dict[str, Any]:
+  """Returns the settings that make a run of `program` that run.
+
+  Cadence, display and the host's file names are left out (what the gin files
+  bind is compared as gin text). So is the number of steps where it only says
+  when to stop: under a constant schedule a finished run may be prolonged.
+
+  Args:
+    config: the resolved configuration.
+    program: `train`, `sft` or another; settings it never reads are left out.
+
+  Returns:
+    Flat `{"section.name": value}`, JSON-able.
+  """
+  left_out = (*_NOT_IDENTITY, "host.", *_NOT_READ_BY.get(program, ()))
+  flat = {
+    key: list(value) if isinstance(value, tuple) else value
+    for key, value in flatten(config).items()
+    if not key.startswith(left_out)
+  }
+  if flat.get("init_from"):
+    flat["init_from"] = os.path.normpath(config.init_from)
+  for section in ("train", "sft"):
+    if flat.get(f"{section}.schedule") == "constant":
+      del flat[f"{section}.steps"]
+  return flat
+
+
+def fingerprint(config: Config, program: str = "train") -> str:
+  """Returns a short hash of `identity`."""
+  text = json.dumps(identity(config, program), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def diff(a: Config, b: Config) -> list[str]:
+  """Returns `["train.lr: 0.0001 -> 1e-06", ...]`, empty when equal."""
+  flat_a, flat_b = flatten(a), flatten(b)
+  return [
+    f"{key}: {flat_a[key]!r} -> {flat_b[key]!r}"
+    for key in flat_a
+    if flat_a[key] != flat_b[key]
+  ]
+
+
+# ------------------------------------------------------------------ plumbing
+
+
+def _is_section(kind: Any) -> bool:
+  return dataclasses.is_dataclass(kind)
+
+
+def _sections(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
+  yield prefix, cls
+  for field in dataclasses.fields(cls):
+    if _is_section(field.type):
+      yield from _sections(typing.cast(type, field.type), f"{field.name}.")
+
+
+def _leaves(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+  """Builds a dataclass from nested dicts, every key and type checked."""
+  if not isinstance(values, dict):
+    raise errors.UserError(
+      f"config.{prefix.rstrip('.')} must be a section of settings, got"
+      f" {values!r}"
+    )
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise errors.UserError(
+        f"config.{prefix}{key} does not exist{errors.closest(key, fields)}"
+      )
+  built = {}
+  for name, value in values.items():
+    kind = fields[name].type
+    if _is_section(kind):
+      built[name] = _build(typing.cast(type, kind), value, f"{name}.")
+    else:
+      built[name] = _typed(f"config.{prefix}{name}", value, kind)
+  return cls(**built)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+  """Returns `value` as `kind`, or says in one sentence why it is not one."""
+  origin = typing.get_origin(kind)
+  if origin is Literal:
+    choices = typing.get_args(kind)
+    if value in choices:
+      return value
+    hint = errors.closest(str(value), choices)
+    raise errors.UserError(
+      f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}"
+    )
+  if origin is tuple:
+    if isinstance(value, list | tuple):
+      element = typing.get_args(kind)[0]
+      return tuple(
+        _typed(f"{name}[{i}]", v, element) for i, v in enumerate(value)
+      )
+  elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  elif isinstance(value, kind) and (
+    kind is bool or not isinstance(value, bool)
+  ):
+    return value
+  wanted = kind if isinstance(kind, types.GenericAlias) else kind.__name__
+  raise errors.UserError(f"{name} must be {wanted}, got {value!r}")

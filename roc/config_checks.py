@@ -1,0 +1,264 @@
+"""Which settings fit together, and where their help texts are read from.
+
+One function per section, each a list of conditions with the sentence that a
+user reads when one fails: the keys, what is wrong, what to do. All of it runs
+before any work starts and none of it needs a device.
+"""
+
+import inspect
+import re
+from typing import TYPE_CHECKING
+
+from roc import errors
+
+if TYPE_CHECKING:
+  from roc import config as config_lib
+
+
+def check(c: "config_lib.Config") -> None:
+  """Raises `errors.UserError` on the first setting that cannot be."""
+  for section in (
+    _check_ranges,
+    _check_model,
+    _check_sampling,
+    _check_loss,
+    _check_filter,
+    _check_batch,
+    _check_schedules,
+  ):
+    section(c)
+
+
+def check_devices(c: "config_lib.Config", n_devices: int) -> None:
+  """Raises `errors.UserError` if the mesh needs more devices than there are."""
+  product = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
+  _require(
+    product <= n_devices and n_devices % product == 0,
+    f"config.mesh is {c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor} ="
+    f" {product} devices and this machine has {n_devices}; set data, fsdp and"
+    " tensor so that their product divides it",
+  )
+
+
+def _require(holds: bool, sentence: str) -> None:
+  if not holds:
+    raise errors.UserError(sentence)
+
+
+def _at_least(c: "config_lib.Config", low: float, *keys: str) -> None:
+  for key in keys:
+    section, _, name = key.rpartition(".")
+    value = getattr(getattr(c, section) if section else c, name)
+    _require(value >= low, f"config.{key} must be at least {low}, got {value}")
+
+
+def _check_ranges(c: "config_lib.Config") -> None:
+  _at_least(
+    c,
+    1,
+    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("sampling.n_slots", "sampling.chunk", "sampling.extend_chunk"),
+    *("sampling.max_turns", "sampling.max_tokens", "sampling.max_calls"),
+    *("loss.logprob_chunk", "train.steps", "train.prompts"),
+    *("train.minibatches", "sft.n_demos", "sft.steps", "sft.rows"),
+    *("eval.n_problems", "eval.samples", "checkpoint.every"),
+    *("checkpoint.keep", "model.n_layers", "model.d_model", "model.d_ff"),
+    *("model.n_heads", "model.n_kv_heads"),
+  )
+  _at_least(
+    c,
+    0,
+    *("seed", "model.vocab_size", "sampling.top_k", "loss.kl_coef"),
+    *("loss.entropy_coef", "filter.min_pos", "filter.min_neg"),
+    *("train.warmup", "train.weight_decay", "train.grad_clip"),
+    *("train.microbatch_rows", "sft.warmup", "sft.weight_decay"),
+    *("sft.grad_clip", "eval.every", "eval.temperature", "log.traces_every"),
+  )
+  _require(c.seed < 2**32, f"config.seed must be less than 2**32, got {c.seed}")
+
+
+def _check_model(c: "config_lib.Config") -> None:
+  m, tensor, fsdp = c.model, c.mesh.tensor, c.mesh.fsdp
+  for name, choices in (
+    ("dtype", ("float32", "bfloat16")),
+    ("remat", ("none", "full")),
+  ):
+    value = getattr(m, name)
+    hint = errors.closest(value, choices)
+    _require(
+      value in choices,
+      f"config.model.{name} must be one of {', '.join(choices)}, got"
+      f" {value!r}{hint}",
+    )
+  _require(
+    m.n_heads % m.n_kv_heads == 0,
+    f"config.model.n_heads ({m.n_heads}) must be a multiple of"
+    f" config.model.n_kv_heads ({m.n_kv_heads})",
+  )
+  _require(
+    m.head_dim >= 2 and m.head_dim % 2 == 0,
+    f"config.model.head_dim must be even, got {m.head_dim}",
+  )
+  _require(
+    m.rope_theta > 0 and m.norm_eps > 0,
+    "config.model.rope_theta and config.model.norm_eps must be above 0",
+  )
+  for name, axis, size in (
+    ("n_kv_heads", "tensor", tensor),
+    ("d_ff", "tensor", tensor),
+    ("d_model", "fsdp", fsdp),
+  ):
+    value = getattr(m, name)
+    _require(
+      value % size == 0,
+      f"config.model.{name} ({value}) must be a multiple of"
+      f" config.mesh.{axis} ({size})",
+    )
+
+
+def _check_sampling(c: "config_lib.Config") -> None:
+  s = c.sampling
+  _require(
+    s.temperature > 0,
+    f"config.sampling.temperature must be above 0, got {s.temperature}; for"
+    " greedy evaluation set config.eval.temperature to 0",
+  )
+  _require(
+    0 < s.top_p <= 1, f"config.sampling.top_p must be in (0, 1], got {s.top_p}"
+  )
+  _require(
+    s.max_tokens < s.cache_length,
+    f"config.sampling.max_tokens ({s.max_tokens}) and a prompt must fit into"
+    f" config.sampling.cache_length ({s.cache_length}); lower the first or"
+    " raise the second",
+  )
+
+
+def _check_loss(c: "config_lib.Config") -> None:
+  x = c.loss
+  _require(
+    0 < x.eps_low <= 1 and x.eps_high > 0,
+    "config.loss.eps_low must be in (0, 1] and config.loss.eps_high above 0,"
+    f" got {x.eps_low} and {x.eps_high}",
+  )
+  _require(
+    x.dual_clip == 0 or x.dual_clip > 1,
+    f"config.loss.dual_clip must be 0 (off) or above 1, got {x.dual_clip}",
+  )
+  _require(x.ddof in (0, 1), f"config.loss.ddof must be 0 or 1, got {x.ddof}")
+  _require(
+    0 < x.correction_low < x.correction_high,
+    "config.loss.correction_low must be above 0 and below"
+    f" config.loss.correction_high, got {x.correction_low} and"
+    f" {x.correction_high}",
+  )
+  _require(
+    x.correction == "none" or x.old_logprobs == "recompute",
+    f"config.loss.correction={x.correction} compares the trainer's log-probs"
+    " with the sampler's, so it needs config.loss.old_logprobs=recompute",
+  )
+
+
+def _check_filter(c: "config_lib.Config") -> None:
+  f = c.filter
+  _require(
+    f.n_kept >= 2,
+    f"config.filter.n_kept is {f.n_kept}, and a group of one has no baseline;"
+    " set it to 2 or more",
+  )
+  _require(
+    f.n_kept <= f.n_drawn,
+    f"config.filter.n_kept ({f.n_kept}) cannot exceed config.filter.n_drawn"
+    f" ({f.n_drawn}); lower the first or raise the second",
+  )
+  _require(
+    f.mode != "none" or f.n_kept == f.n_drawn,
+    f"config.filter.mode=none keeps every rollout, so config.filter.n_kept"
+    f" ({f.n_kept}) must equal config.filter.n_drawn ({f.n_drawn})",
+  )
+  _require(
+    f.min_pos + f.min_neg <= f.n_kept,
+    f"config.filter.min_pos ({f.min_pos}) and config.filter.min_neg"
+    f" ({f.min_neg}) add up to more than config.filter.n_kept ({f.n_kept})",
+  )
+  _require(f.eps > 0, f"config.filter.eps must be above 0, got {f.eps}")
+  _require(
+    f.overlong != "soft" or 0 < f.overlong_buffer <= c.sampling.max_tokens,
+    f"config.filter.overlong_buffer ({f.overlong_buffer}) must be between 1"
+    f" and config.sampling.max_tokens ({c.sampling.max_tokens})",
+  )
+
+
+def _check_batch(c: "config_lib.Config") -> None:
+  t, shards = c.train, c.mesh.data * c.mesh.fsdp
+  rows = t.prompts * c.filter.n_kept
+  _require(
+    rows % t.minibatches == 0,
+    f"a step has config.train.prompts x config.filter.n_kept = {rows} rows,"
+    f" which config.train.minibatches ({t.minibatches}) must divide",
+  )
+  rows //= t.minibatches
+  if t.microbatch_rows:
+    _require(
+      rows % t.microbatch_rows == 0,
+      f"a minibatch has {rows} rows (config.train.prompts x"
+      " config.filter.n_kept / config.train.minibatches), which"
+      f" config.train.microbatch_rows ({t.microbatch_rows}) must divide",
+    )
+    rows = t.microbatch_rows
+  for what, n in (
+    ("rows of one gradient (config.train.microbatch_rows or all)", rows),
+    ("config.sft.rows", c.sft.rows),
+  ):
+    _require(
+      n % shards == 0,
+      f"{what}: {n} must be a multiple of config.mesh.data x"
+      f" config.mesh.fsdp ({shards})",
+    )
+  buckets = t.buckets
+  _require(
+    bool(buckets)
+    and buckets[0] >= 1
+    and all(a < b for a, b in zip(buckets, buckets[1:], strict=False)),
+    f"config.train.buckets must be rising lengths, got {buckets}",
+  )
+  _require(
+    buckets[-1] >= c.sampling.cache_length,
+    f"the last of config.train.buckets ({buckets[-1]}) must hold the longest"
+    f" rollout, config.sampling.cache_length ({c.sampling.cache_length})",
+  )
+
+
+def _check_schedules(c: "config_lib.Config") -> None:
+  for name, x in (("train", c.train), ("sft", c.sft)):
+    _require(x.lr > 0, f"config.{name}.lr must be above 0, got {x.lr}")
+    _require(
+      0 <= x.b1 < 1 and 0 <= x.b2 < 1,
+      f"config.{name}.b1 and b2 must be in [0, 1), got {x.b1} and {x.b2}",
+    )
+    _require(
+      x.schedule == "constant" or x.warmup < x.steps,
+      f"config.{name}.warmup ({x.warmup}) must be shorter than"
+      f" config.{name}.steps ({x.steps}) under a cosine schedule",
+    )
+  _require(
+    c.sft.length >= 16, f"config.sft.length must be 16 up, got {c.sft.length}"
+  )
+
+
+def comments(cls: type) -> list[str]:
+  """Returns the comment of each setting of a dataclass, in order.
+
+  The comment stands on the line of the field or on the lines above it.
+  """
+  found, above = [], []
+  for line in inspect.getsource(cls).splitlines():
+    line = line.strip()
+    field = re.match(r"(\w+): ([^#]*?)(?:  # (.*))?$", line)
+    if line.startswith("# "):
+      above.append(line[2:])
+    elif field and not re.match(r"(\w+\.)?\w+Config = ", field[2]):
+      found.append(" ".join([*above, field[3] or ""]).strip())
+    if not line.startswith("#"):
+      above = []
+  return found
