@@ -1,0 +1,154 @@
+"""How a conversation becomes token ids, piece by piece and only forwards.
+
+Ids are the only state: a prompt is built once, and every later piece is
+appended. Nothing here takes a list of messages and renders it anew, because
+chat templates are not prefix-preserving and what was sampled must be what is
+trained on.
+
+Two styles share the tags of ChatML and Hermes. `compact` puts no newline
+between a tag and its neighbour (the quickstart, where each token is time);
+`qwen` writes the newlines that Qwen's models were trained with:
+
+  compact  <|im_start|>user\\nQ<|im_end|><|im_start|>assistant\\n
+  qwen     <|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\n
+"""
+
+from collections.abc import Sequence
+
+from roc import layout
+from roc.host import tokenizer as tokenizer_lib
+
+STYLES = ("compact", "qwen")
+
+
+class ChatFormat:
+  """Token ids of prompts, tool answers and stop tokens for one tokenizer.
+
+  Args:
+    tokenizer: must hold the turn tags as special tokens.
+    style: `compact` or `qwen`, see the module's head.
+  """
+
+  def __init__(
+    self, tokenizer: tokenizer_lib.Tokenizer, style: str = "compact"
+  ):
+    if style not in STYLES:
+      raise ValueError(
+        f"chat style {style!r} is unknown; choose one of {', '.join(STYLES)}"
+      )
+    self.tokenizer = tokenizer
+    self.style = style
+    self._gap = tokenizer.encode("\n") if style == "qwen" else []
+    self._header = self._turn_open("assistant\n")
+
+  @property
+  def stop_ids(self) -> tuple[int, int]:
+    """Ids that end the model's turn: end of turn, end of text."""
+    return (
+      self.tokenizer.special_id(tokenizer_lib.TURN_END),
+      self.tokenizer.special_id(tokenizer_lib.END_OF_TEXT),
+    )
+
+  @property
+  def pad_id(self) -> int:
+    """Id of padding; the end of text where the vocabulary has no padding."""
+    specials = self.tokenizer.special_ids
+    if tokenizer_lib.PAD in specials:
+      return specials[tokenizer_lib.PAD]
+    return self.tokenizer.special_id(tokenizer_lib.END_OF_TEXT)
+
+  @property
+  def turn_end_id(self) -> int:
+    """Id of the tag that closes a turn."""
+    return self.tokenizer.special_id(tokenizer_lib.TURN_END)
+
+  def prompt_ids(self, question: str, system: str = "") -> list[int]:
+    """Ids of the prompt, the header of the model's first turn included.
+
+    Args:
+      question: the user's text; tags in it are encoded as plain characters.
+      system: text of the system turn; no such turn when empty.
+
+    Returns:
+      Ids, all of role `PROMPT`.
+    """
+    ids = []
+    if system:
+      ids += self._turn_open("system\n" + system) + self._turn_close()
+    ids += self._turn_open("user\n" + question) + self._turn_close()
+    return ids + self._header
+
+  def tool_suffix(self, results: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What follows a turn of the model that called tools.
+
+    One user turn with a `<tool_response>` block for each call, in order, then
+    the header of the model's next turn. The model's own end-of-turn tag is not
+    part of it: the model sampled that.
+
+    Args:
+      results: one text for each call; tags in it are plain characters.
+
+    Returns:
+      ids: tokens to append.
+      roles: `Role.TOOL` for the results' text, `Role.TEMPLATE` for the rest.
+
+    Raises:
+      ValueError: there is no result, so there is nothing to answer.
+    """
+    if not results:
+      raise ValueError("tool_suffix needs the result of at least one call")
+    special_id = self.tokenizer.special_id
+    newline = "\n" if self.style == "qwen" else ""
+    ids = self._gap + self._turn_open("user\n")
+    roles = [layout.Role.TEMPLATE] * len(ids)
+    for index, text in enumerate(results):
+      if index and newline:
+        ids += self._gap
+        roles += [layout.Role.TEMPLATE] * len(self._gap)
+      body = self.tokenizer.encode(newline + text + newline)
+      ids += [special_id(tokenizer_lib.RESPONSE_OPEN), *body]
+      ids.append(special_id(tokenizer_lib.RESPONSE_CLOSE))
+      roles += [layout.Role.TEMPLATE, *[layout.Role.TOOL] * len(body)]
+      roles.append(layout.Role.TEMPLATE)
+    tail = self._turn_close() + self._header
+    return ids + tail, [int(r) for r in roles] + _template_roles(tail)
+
+  def answer_prefix_ids(self) -> list[int]:
+    r"""`<answer>\boxed{`: forces an answer from the head, with no tool."""
+    return self._tag(tokenizer_lib.ANSWER_OPEN) + self.tokenizer.encode(
+      "\\boxed{"
+    )
+
+  def call_ids(self, body: str) -> list[int]:
+    """A tool call with `body` between its tags, as a demonstration writes it."""
+    return [
+      *self._tag(tokenizer_lib.CALL_OPEN),
+      *self.tokenizer.encode(body),
+      *self._tag(tokenizer_lib.CALL_CLOSE),
+    ]
+
+  def answer_ids(self, answer: str) -> list[int]:
+    r"""`<answer>\boxed{ANSWER}</answer>`, as a demonstration writes it."""
+    return [
+      *self._tag(tokenizer_lib.ANSWER_OPEN),
+      *self.tokenizer.encode("\\boxed{" + answer + "}"),
+      *self._tag(tokenizer_lib.ANSWER_CLOSE),
+    ]
+
+  def _tag(self, text: str) -> list[int]:
+    """A tag as its one special id, or spelt out where it is no token."""
+    specials = self.tokenizer.special_ids
+    return [specials[text]] if text in specials else self.tokenizer.encode(text)
+
+  def _turn_open(self, text: str) -> list[int]:
+    return [
+      self.tokenizer.special_id(tokenizer_lib.TURN_START),
+      *self.tokenizer.encode(text),
+    ]
+
+  def _turn_close(self) -> list[int]:
+    return [self.turn_end_id, *self._gap]
+
+
+def _template_roles(ids: Sequence[int]) -> list[int]:
+  return [int(layout.Role.TEMPLATE)] * len(ids)

@@ -1,0 +1,1 @@
+"""Where problems come from: generated arithmetic or JSONL files."""

@@ -1,0 +1,29 @@
+"""One problem with a checkable answer, whatever task set it came from."""
+
+from collections.abc import Mapping
+import dataclasses
+import types
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """A question and its gold answer.
+
+  Attributes:
+    id: stable name, unique in its task set; resuming and pass@k rely on it.
+    index: stable number in its task set, the `task_index` of trajectories.
+    question: text of the user's turn.
+    answer: gold answer as text.
+    kind: group for per-kind metrics; empty when the set has no kinds.
+    info: what else the task set knows; never shown to the model.
+  """
+
+  id: str
+  index: int
+  question: str
+  answer: str
+  kind: str = ""
+  info: Mapping[str, Any] = dataclasses.field(
+    default_factory=lambda: types.MappingProxyType({})
+  )
