@@ -1,0 +1,1 @@
+"""The algorithm as pure functions of arrays: no config, no model, no I/O."""
