@@ -148,7 +148,7 @@ class Tokenizer:
     }
     self._specials = {i: text for text, i in self._special_ids.items()}
 
-  @property
+  @functools.cached_property
   def vocab_size(self) -> int:
     """Number of ids, added tokens included; every id is below it."""
     return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -202,7 +202,7 @@ class Tokenizer:
     Raises:
       ValueError: an id is outside the vocabulary.
     """
-    for index in ids:
+    for index in (min(ids), max(ids)) if len(ids) else ():
       if not 0 <= index < self.vocab_size:
         raise ValueError(
           f"token id {index} is outside the vocabulary of {self.vocab_size}"

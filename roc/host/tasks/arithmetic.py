@@ -39,9 +39,7 @@ class Form:
   steps: tuple[str, ...]
 
 
-def _forms(
-  steps: tuple[str, ...], *questions: str
-) -> tuple[Form, ...]:
+def _forms(steps: tuple[str, ...], *questions: str) -> tuple[Form, ...]:
   return tuple(Form(question, steps) for question in questions)
 
 
@@ -65,8 +63,7 @@ FORMS: Mapping[str, tuple[Form, ...]] = types.MappingProxyType(
       *_forms(
         ("{0}*{1}", "{p}-{2}"),
         "{0} boxes hold {1} pens each. {2} pens are lost. How many are left?",
-        "{0} rows have {1} seats each. {2} seats are taken. "
-        "How many are free?",
+        "{0} rows have {1} seats each. {2} seats are taken. How many are free?",
       ),
       *_forms(
         ("{0}*{1}", "{p}+{2}"),
@@ -86,13 +83,15 @@ def _draw_product(rng: np.random.Generator, _: Form) -> tuple[int, ...]:
 
 
 def _draw_sum(rng: np.random.Generator, _: Form) -> tuple[int, ...]:
-  return tuple(_between(rng, 1_000, 99_999) for _ in range(3))
+  return tuple(_between(rng, 1_000, 9_999) for _ in range(3))
 
 
 def _draw_word(rng: np.random.Generator, form: Form) -> tuple[int, ...]:
   if form.steps[0] == "{0}+{1}":
-    return _between(rng, 100, 999), _between(rng, 100, 999), _between(
-      rng, 12, 99
+    return (
+      _between(rng, 100, 999),
+      _between(rng, 100, 999),
+      _between(rng, 12, 99),
     )
   return _between(rng, 100, 999), _between(rng, 12, 99), _between(rng, 100, 999)
 
@@ -101,10 +100,10 @@ def _between(rng: np.random.Generator, low: int, high: int) -> int:
   return int(rng.integers(low, high + 1))
 
 
-_DRAW: Mapping[
-  str, Callable[[np.random.Generator, Form], tuple[int, ...]]
-] = types.MappingProxyType(
-  {"product": _draw_product, "sum": _draw_sum, "word": _draw_word}
+_DRAW: Mapping[str, Callable[[np.random.Generator, Form], tuple[int, ...]]] = (
+  types.MappingProxyType(
+    {"product": _draw_product, "sum": _draw_sum, "word": _draw_word}
+  )
 )
 
 
@@ -115,7 +114,7 @@ class ArithmeticTask:
     seed: problems of different seeds are different draws of the same split.
     split: `train` or `heldout`; no problem is in both.
     mix: share of each kind, scaled to one; kinds are `product` (3 digits times
-      2 or 3), `sum` (three numbers of 4 or 5 digits) and `word` (two steps).
+      2 or 3), `sum` (three numbers of 4 digits) and `word` (two steps).
 
   Raises:
     ValueError: unknown split or kind, or shares that are no shares.
@@ -170,8 +169,9 @@ class ArithmeticTask:
     operands = _DRAW[kind](rng, form)
     while split_of(kind, operands) != self.split:
       operands = _DRAW[kind](rng, form)
-    return _build(f"{self.split}-{self.seed}-{index}", index, kind, form,
-                  operands)
+    return _build(
+      f"{self.split}-{self.seed}-{index}", index, kind, form, operands
+    )
 
   def problems(self, start: int, count: int) -> list[problem_lib.Problem]:
     """Problems start .. start + count - 1."""

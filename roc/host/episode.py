@@ -1,0 +1,367 @@
+"""One rollout: every token with its role and log-prob, every call, the verdict.
+
+Ids, roles and log-probs grow together through three `append_*` methods, so a
+token without a role, or a tool's token that carries loss, cannot be written
+down. A line of a trace is one episode as JSON.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from roc import layout
+from roc.host import rewards
+from roc.host import tokenizer as tokenizer_lib
+from roc.host import tools
+
+_ENVIRONMENT_ROLES = frozenset({layout.Role.TOOL, layout.Role.TEMPLATE})
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolRecord:
+  """One call of a rollout: how it ended, what ran, what the model read."""
+
+  status: layout.ToolStatus
+  name: str
+  code: str
+  text: str
+
+
+@dataclasses.dataclass
+class Episode:
+  """One rollout of one problem.
+
+  Attributes:
+    task_id: the problem's id.
+    task_index: the problem's index, stable over the run.
+    question: text that was asked.
+    gold: right answer.
+    kind: the problem's kind.
+    group_index: place of the problem in its batch.
+    rollout_id: stable place in the group, 0..O-1, never completion order.
+    step: training step that drew it.
+    token_ids: ids in order; never re-rendered.
+    roles: `Role` of each token.
+    logprobs: log-prob of each token at sampling, as float32; 0 unless MODEL.
+    tool_records: calls in order.
+    answers: well-formed answers of the model, in order.
+    n_turns: turns that the model took.
+    has_void_turn: some turn held neither a closed call nor an answer.
+    stop_reason: why it ended; None while it runs.
+    outcome: raw correctness.
+    reward: scalar reward, shaping included.
+    verdict: reason of the outcome in a word.
+    advantage: set after the update; None before.
+    kept: whether the filter kept it; None before.
+    p_err: share of failed calls (0.5 with no call); None before the filter.
+    p_format: format penalty; None before the filter.
+    p_total: their sum; None before the filter.
+    why: why the filter kept or dropped it.
+  """
+
+  task_id: str = ""
+  task_index: int = 0
+  question: str = ""
+  gold: str = ""
+  kind: str = ""
+  group_index: int = 0
+  rollout_id: int = 0
+  step: int = 0
+  token_ids: list[int] = dataclasses.field(default_factory=list)
+  roles: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[float] = dataclasses.field(default_factory=list)
+  tool_records: list[ToolRecord] = dataclasses.field(default_factory=list)
+  answers: list[str] = dataclasses.field(default_factory=list)
+  n_turns: int = 0
+  has_void_turn: bool = False
+  stop_reason: layout.StopReason | None = None
+  outcome: layout.Outcome = layout.Outcome.WRONG
+  reward: float = 0.0
+  verdict: str = ""
+  advantage: float | None = None
+  kept: bool | None = None
+  p_err: float | None = None
+  p_format: float | None = None
+  p_total: float | None = None
+  why: str = ""
+
+  def __len__(self) -> int:
+    return len(self.token_ids)
+
+  @property
+  def n_answers(self) -> int:
+    """Well-formed answers that the model wrote."""
+    return len(self.answers)
+
+  @property
+  def answer(self) -> str | None:
+    """The answer that counts: the last one; None without any."""
+    return self.answers[-1] if self.answers else None
+
+  @property
+  def is_truncated(self) -> bool:
+    """Stopped by a turn or token limit."""
+    return self.stop_reason in layout.TRUNCATED_REASONS
+
+  @property
+  def n_failed_calls(self) -> int:
+    """Calls that failed by the model's fault."""
+    return sum(r.status in layout.FAILED_STATUSES for r in self.tool_records)
+
+  @property
+  def n_judged_calls(self) -> int:
+    """Calls on which the sandbox did its part."""
+    return sum(r.status in layout.JUDGED_STATUSES for r in self.tool_records)
+
+  @property
+  def n_model_tokens(self) -> int:
+    """Tokens that the policy sampled."""
+    return self.roles.count(layout.Role.MODEL)
+
+  # ------------------------------------------------------------ building
+
+  def append_prompt(self, ids: Sequence[int]) -> None:
+    """Starts the episode with its prompt, once."""
+    if self.token_ids:
+      raise ValueError("the prompt must be the first thing in an episode")
+    if not len(ids):
+      raise ValueError("a prompt needs at least one token")
+    self._append(ids, [layout.Role.PROMPT] * len(ids), [0.0] * len(ids))
+
+  def append_model(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
+    """Adds sampled tokens with their log-probs at sampling.
+
+    Args:
+      ids: ids exactly as sampled, the end-of-turn token included.
+      logprobs: one finite number <= 0 for each (up to rounding).
+
+    Raises:
+      ValueError: lengths differ, a log-prob is no log-prob, or no prompt yet.
+    """
+    if len(ids) != len(logprobs):
+      raise ValueError(f"{len(ids)} sampled ids but {len(logprobs)} log-probs")
+    for value in logprobs:
+      if not math.isfinite(value) or value > 1e-3:
+        raise ValueError(f"{value} is not the log of a probability")
+    self._append(ids, [layout.Role.MODEL] * len(ids), logprobs)
+
+  def append_environment(
+    self, ids: Sequence[int], roles: Sequence[int]
+  ) -> None:
+    """Adds what the environment wrote: tool answers and re-added headers.
+
+    Args:
+      ids: tokens to read, never to learn.
+      roles: `TOOL` or `TEMPLATE` for each.
+
+    Raises:
+      ValueError: lengths differ, another role, or no prompt yet.
+    """
+    if len(ids) != len(roles):
+      raise ValueError(f"{len(ids)} ids but {len(roles)} roles")
+    if not _ENVIRONMENT_ROLES.issuperset(roles):
+      raise ValueError(
+        "the environment may only write tokens of role TOOL or TEMPLATE"
+      )
+    self._append(ids, roles, [0.0] * len(ids))
+
+  def record_turn(self, turn: tools.ParsedTurn) -> None:
+    """Counts a finished turn of the model, its answers and whether it is void."""
+    self.n_turns += 1
+    self.answers.extend(turn.answers)
+    self.has_void_turn = self.has_void_turn or turn.is_void
+
+  def record_call(self, outcome: tools.ToolOutcome) -> None:
+    """Notes how a call ended, in the order in which the calls were written."""
+    self.tool_records.append(
+      ToolRecord(
+        status=outcome.status,
+        name=outcome.call.name,
+        code=str(outcome.call.arguments.get("code", outcome.call.raw)),
+        text=outcome.text,
+      )
+    )
+
+  def finish(self, stop_reason: layout.StopReason) -> None:
+    """Ends the episode and judges it; shaping may change `reward` later.
+
+    An environment's fault (INFRA, CANCELLED) makes it VOID, outside its group.
+    """
+    self.stop_reason = stop_reason
+    verdict = rewards.score(
+      self.answers, self.gold, is_truncated=self.is_truncated
+    )
+    self.verdict = verdict.reason
+    self.reward = verdict.reward
+    self.outcome = layout.Outcome(int(verdict.is_correct))
+    if stop_reason in (layout.StopReason.INFRA, layout.StopReason.CANCELLED):
+      self.outcome = layout.Outcome.VOID
+      self.reward = 0.0
+      self.verdict = "void"
+
+  def _append(
+    self,
+    ids: Sequence[int],
+    roles: Sequence[int],
+    logprobs: Sequence[float],
+  ) -> None:
+    if not self.token_ids and roles and roles[0] != layout.Role.PROMPT:
+      raise ValueError("append_prompt must come first")
+    if self.stop_reason is not None:
+      raise ValueError("the episode has ended; nothing can be appended")
+    self.token_ids.extend(int(i) for i in ids)
+    self.roles.extend(int(r) for r in roles)
+    self.logprobs.extend(_shortest_float32(x) for x in logprobs)
+
+  # ---------------------------------------------------------------- JSON
+
+  def segments(
+    self, tokenizer: tokenizer_lib.Tokenizer
+  ) -> list[dict[str, str]]:
+    """Decoded text of each run of tokens with one role, to be read by people."""
+    pairs = zip(self.token_ids, self.roles, strict=True)
+    return [
+      {
+        "role": layout.Role(role).name.lower(),
+        "text": tokenizer.decode([index for index, _ in run]),
+      }
+      for role, run in itertools.groupby(pairs, key=lambda pair: pair[1])
+    ]
+
+  def to_json(self, tokenizer: tokenizer_lib.Tokenizer | None = None) -> str:
+    """One line of JSON; with a tokenizer also `messages`, the decoded text."""
+    row = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+    }
+    row["stop_reason"] = (
+      None if self.stop_reason is None else self.stop_reason.name.lower()
+    )
+    row["outcome"] = self.outcome.name.lower()
+    row["tool_records"] = [
+      {
+        "status": record.status.name.lower(),
+        "name": record.name,
+        "code": record.code,
+        "text": record.text,
+      }
+      for record in self.tool_records
+    ]
+    row["answer"] = self.answer
+    row["is_truncated"] = self.is_truncated
+    if tokenizer is not None:
+      row["messages"] = self.segments(tokenizer)
+    return json.dumps(row)
+
+  @classmethod
+  def from_json(cls, line: str, where: str = "episode") -> "Episode":
+    """Reads a line that `to_json` wrote.
+
+    Args:
+      line: one JSON object; fields that `to_json` derives are ignored.
+      where: names the line in errors, such as `step_000001.jsonl line 3`.
+
+    Raises:
+      ValueError: no JSON object, a missing or malformed field, or lists whose
+        lengths differ.
+    """
+    try:
+      row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      raise ValueError(f"{where}: not a line of JSON: {error}") from error
+    if not isinstance(row, dict):
+      raise ValueError(f"{where}: expected a JSON object")
+    values = {}
+    for field in dataclasses.fields(cls):
+      if field.name not in row:
+        raise ValueError(f"{where}: field {field.name!r} is missing")
+      try:
+        values[field.name] = _read_field(field.name, row[field.name])
+      except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+          f"{where}: field {field.name!r} is malformed: {error!r}"
+        ) from error
+    episode = cls(**values)
+    lengths = {
+      len(episode.token_ids),
+      len(episode.roles),
+      len(episode.logprobs),
+    }
+    if len(lengths) != 1:
+      raise ValueError(
+        f"{where}: token_ids, roles and logprobs must be equally long"
+      )
+    return episode
+
+
+def read_episodes(path: str | pathlib.Path) -> Iterator[Episode]:
+  """Reads a JSONL file of episodes.
+
+  Raises:
+    ValueError: the file cannot be read, or a line is no episode; the message
+      names file, line and field.
+  """
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(f"cannot read episodes from {path}: {error}") from error
+  # Not splitlines(): JSON may hold U+2028 and its like unescaped.
+  for number, line in enumerate(text.split("\n"), start=1):
+    if line.strip():
+      yield Episode.from_json(line, where=f"{path} line {number}")
+
+
+def _read_field(name: str, value: Any) -> Any:
+  if name == "stop_reason":
+    return None if value is None else layout.StopReason[value.upper()]
+  if name == "outcome":
+    return layout.Outcome[value.upper()]
+  if name == "tool_records":
+    return [
+      ToolRecord(
+        status=layout.ToolStatus[record["status"].upper()],
+        name=record["name"],
+        code=record["code"],
+        text=record["text"],
+      )
+      for record in value
+    ]
+  if name in _LIST_TYPES:
+    if not all(isinstance(item, _LIST_TYPES[name]) for item in value):
+      raise TypeError(f"expected a list of {_LIST_TYPES[name]}")
+    return list(value)
+  expected = _SCALAR_TYPES[name]
+  if not isinstance(value, expected):
+    raise TypeError(f"expected {expected}, not {value!r}")
+  return value
+
+
+_LIST_TYPES = {
+  "token_ids": int,
+  "roles": int,
+  "logprobs": (int, float),
+  "answers": str,
+}
+_OPTIONAL_NUMBER = (int, float, type(None))
+_SCALAR_TYPES = {
+  **dict.fromkeys(("task_id", "question", "gold", "kind", "why"), str),
+  **dict.fromkeys(("task_index", "group_index", "rollout_id"), int),
+  **dict.fromkeys(("step", "n_turns"), int),
+  **dict.fromkeys(("advantage", "p_err", "p_format"), _OPTIONAL_NUMBER),
+  "p_total": _OPTIONAL_NUMBER,
+  "kept": (bool, type(None)),
+  "has_void_turn": bool,
+  "reward": (int, float),
+  "verdict": str,
+}
+
+
+def _shortest_float32(value: float) -> float:
+  """The float with the fewest digits that is the same float32."""
+  return float(str(np.float32(value)))

@@ -1,0 +1,135 @@
+r"""Whether an answer is right: exact, and only for what the model itself wrote.
+
+An answer counts only inside `<answer>...\boxed{X}...</answer>` among the
+model's own tokens, and the last one counts. A number that a tool printed, or
+that stands in the reasoning, earns nothing: rewarding it teaches a policy to
+leave the answer out.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import fractions
+import re
+
+# Longer text is no answer to an arithmetic problem, and parsing a huge integer
+# takes time that grows with its square.
+MAX_ANSWER_CHARS = 400
+
+_NUMBER = re.compile(
+  r"""
+  (?P<sign>[+-]?)
+  (?P<whole>[0-9]{1,3}(?:,[0-9]{3})+ | [0-9]+ | (?=\.[0-9]))
+  (?P<part>\.[0-9]*)?
+  """,
+  re.VERBOSE,
+)
+_LATEX_FRACTION = re.compile(r"([+-]?)\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What the checker says of one rollout.
+
+  Attributes:
+    is_correct: raw correctness, the key of rewards and of the filter.
+    reason: `correct`, `wrong`, `no_answer` or `truncated`.
+    answer: the answer that was judged; None when there was none.
+    n_answers: well-formed answers in the whole rollout.
+  """
+
+  is_correct: bool
+  reason: str
+  answer: str | None
+  n_answers: int
+
+  @property
+  def reward(self) -> float:
+    """1 for a correct answer, 0 for anything else."""
+    return float(self.is_correct)
+
+
+def score(
+  answers: Sequence[str], gold: str, *, is_truncated: bool = False
+) -> Verdict:
+  """Judges a rollout by the last of its answers.
+
+  A truncated rollout is wrong whatever it wrote before: it is the model's fault
+  (reward 0) and stays in the group as a negative (arXiv 2508.20722).
+
+  Args:
+    answers: contents of the model's well-formed answers, in order, as
+      `tools.parse_turn` finds them turn by turn.
+    gold: the right answer.
+    is_truncated: the rollout ran into a turn or token limit.
+  """
+  answer = answers[-1] if answers else None
+  if is_truncated:
+    return Verdict(False, "truncated", answer, len(answers))
+  if answer is None:
+    return Verdict(False, "no_answer", None, 0)
+  is_correct = is_equal(answer, gold)
+  reason = "correct" if is_correct else "wrong"
+  return Verdict(is_correct, reason, answer, len(answers))
+
+
+def is_equal(answer: str, gold: str) -> bool:
+  """Whether two answers are the same number, or else the same text.
+
+  Numbers are compared exactly as fractions: `1,234`, `+1234`, `1234.0` and
+  `2468/2` are equal. Text is compared after trimming spaces at both ends.
+  """
+  value = parse_number(answer)
+  gold_value = parse_number(gold)
+  if gold_value is None:
+    return answer.strip() == gold.strip()
+  return value is not None and value == gold_value
+
+
+def parse_number(text: str) -> fractions.Fraction | None:
+  r"""Exact value of an integer, decimal or fraction; None if it is no such.
+
+  Accepted around the number: spaces, `$...$`, a full stop at the end, LaTeX
+  thin spaces and `\frac{a}{b}`. Commas must stand where thousands do. Powers of
+  ten (`1e9`), percentages and units are no numbers here.
+  """
+  if len(text) > MAX_ANSWER_CHARS:
+    return None
+  text = text.strip().strip("$").replace("\\,", "").replace("\\!", "").strip()
+  latex = _LATEX_FRACTION.fullmatch(text)
+  if latex:
+    text = f"{latex[1]}{latex[2]}/{latex[3]}"
+  if "/" in text:
+    parts = [_parse_decimal(part.strip()) for part in text.split("/")]
+    if len(parts) != 2 or parts[0] is None or not parts[1]:
+      return None
+    return parts[0] / parts[1]
+  return _parse_decimal(text)
+
+
+def extract_boxed(text: str) -> str | None:
+  r"""Content of the last `\boxed{...}` of a text, braces balanced.
+
+  Returns:
+    The content without outer spaces; None when there is no box, it is empty, or
+    it is never closed.
+  """
+  start = text.rfind("\\boxed{")
+  if start < 0:
+    return None
+  start += len("\\boxed{")
+  depth = 1
+  for index in range(start, len(text)):
+    depth += {"{": 1, "}": -1}.get(text[index], 0)
+    if depth == 0:
+      return text[start:index].strip() or None
+  return None
+
+
+def _parse_decimal(text: str) -> fractions.Fraction | None:
+  found = _NUMBER.fullmatch(text)
+  if not found:
+    return None
+  part = (found["part"] or "").lstrip(".")
+  digits = found["whole"].replace(",", "") + part
+  value = fractions.Fraction(int(digits), 10 ** len(part))
+  return -value if found["sign"] == "-" else value
