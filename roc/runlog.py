@@ -1,0 +1,385 @@
+"""The run directory: whose it is, and the metrics that stand in it.
+
+`claim` makes a workdir this run's own: a lock that dies with the process, a
+record of the configuration, a refusal if another configuration was here first.
+`MetricsLog` appends one JSON object a line and, after a restart, drops the rows
+that the restored checkpoint has not seen yet, so that a run that was killed and
+started again leaves the same rows as one that was not.
+
+Knows nothing of devices: of several processes, the first alone uses it.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+from typing import Any
+
+from roc import errors
+
+METRICS = "metrics.jsonl"
+_RECORD = "run.json"
+_LOCK = ".lock"
+
+
+class Run:
+  """A claimed workdir; close it, or leave it as a context manager."""
+
+  def __init__(self, workdir: pathlib.Path, lock: int, record: dict[str, Any]):
+    self.workdir = workdir
+    self._lock = lock
+    self._record = record
+
+  def note(self, **facts: Any) -> None:
+    """Adds JSON-able facts, such as the sandbox's tier, to run.json."""
+    self._record["attempts"][-1].update(facts)
+    _write_json(self.workdir / _RECORD, self._record)
+
+  def close(self) -> None:
+    """Lets go of the workdir; the kernel does it too when the process ends."""
+    if self._lock >= 0:
+      os.close(self._lock)
+      self._lock = -1
+
+  def __enter__(self) -> "Run":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def claim(
+  workdir: str | os.PathLike[str],
+  program: str,
+  *,
+  config_json: str,
+  gin_text: str,
+  identity: dict[str, Any],
+) -> Run:
+  """Makes `workdir` this run's own, to start in or to go on in.
+
+  Args:
+    workdir: made if it is not there.
+    program: `train`, `sft`, ...: one workdir holds the run of one program.
+    config_json: text of config.json (`config.to_json`).
+    gin_text: text of config.gin; statements count, comments do not.
+    identity: what makes the run that run (`config.identity`).
+
+  Returns:
+    The claim, which holds the workdir's lock until it is closed.
+
+  Raises:
+    errors.UserError: not writable, in use by a live process, or another
+      configuration's or program's.
+  """
+  path = pathlib.Path(workdir).absolute()
+  lock = _lock(path)
+  try:
+    record = _read_record(path)
+    wanted = {
+      "program": program,
+      "identity": _as_json(identity) | _statements(gin_text),
+    }
+    if record.get("identity") is not None:
+      _require_same(path, record, wanted)
+    attempts = [*record.get("attempts", []), _attempt()]
+    record = {**wanted, "attempts": attempts}
+    _write_text(path / "config.json", config_json)
+    _write_text(path / "config.gin", gin_text)
+    _write_json(path / _RECORD, record)
+  except BaseException:
+    os.close(lock)
+    raise
+  return Run(path, lock, record)
+
+
+def forget_config(workdir: str | os.PathLike[str]) -> None:
+  """Lets the next `claim` bring any configuration (--allow_config_change)."""
+  path = pathlib.Path(workdir).absolute()
+  if not (path / _RECORD).exists():
+    return
+  lock = _lock(path)
+  try:
+    record = _read_record(path)
+    earlier = [*record.pop("earlier", []), record.get("identity")]
+    record |= {"identity": None, "earlier": earlier}
+    _write_json(path / _RECORD, record)
+  finally:
+    os.close(lock)
+
+
+class MetricsLog:
+  """Appends rows to metrics.jsonl and, if wanted, TensorBoard event files."""
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    restored_step: int | None = None,
+    tensorboard: bool = True,
+  ):
+    """Opens the log for what comes after `restored_step`.
+
+    Args:
+      workdir: a claimed run directory.
+      restored_step: step of the checkpoint that the run goes on from; rows of
+        later steps and a half-written last line go. None: all rows go.
+      tensorboard: write event files under logs/, if tensorboardX is installed.
+
+    Raises:
+      errors.UserError: the file cannot be opened or a line in its middle
+        cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    self.path = workdir / METRICS
+    kept = _bytes_up_to(self.path, restored_step)
+    try:
+      self._fd = os.open(
+        self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666
+      )
+      os.ftruncate(self._fd, kept)
+    except OSError as e:
+      raise _unwritable(self.path, e) from e
+    self._writer = None
+    if tensorboard and importlib.util.find_spec("tensorboardX"):
+      import tensorboardX
+
+      self._writer = tensorboardX.SummaryWriter(
+        str(workdir / "logs"),
+        purge_step=None if restored_step is None else restored_step + 1,
+      )
+
+  def write(self, step: int, metrics: dict[str, Any]) -> None:
+    """Appends a row and returns when it is on disk.
+
+    Write the row of a step before its checkpoint is saved: a restart keeps the
+    rows up to the checkpoint and cannot make up one that was never written.
+
+    Args:
+      step: rows come in rising order of it; one step may have several.
+      metrics: numbers (numpy scalars too); what is not finite becomes null.
+    """
+    row = {"step": int(step)} | {k: _number(v) for k, v in metrics.items()}
+    line = (json.dumps(row) + "\n").encode()
+    end = os.fstat(self._fd).st_size
+    try:
+      written = os.write(self._fd, line)
+      if written != len(line):
+        os.write(self._fd, line[written:])
+      os.fsync(self._fd)
+    except OSError as e:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._fd, end)
+      raise _unwritable(self.path, e) from e
+    if self._writer is not None:
+      for key, value in row.items():
+        if key != "step" and isinstance(value, int | float):
+          self._writer.add_scalar(key, value, step)
+
+  def close(self) -> None:
+    """Closes the files."""
+    if self._fd >= 0:
+      os.close(self._fd)
+      self._fd = -1
+      if self._writer is not None:
+        self._writer.close()
+
+  def __enter__(self) -> "MetricsLog":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the rows of a metrics.jsonl; a half-written last line is left out.
+
+  Raises:
+    errors.UserError: no such file, or an unreadable line before the last.
+  """
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot read {path}: {e.strerror}; is its directory a workdir?"
+    ) from None
+  return [row for row, _ in _rows(data, path)]
+
+
+# ------------------------------------------------------------------ metrics
+
+
+def _rows(data: bytes, path: Any) -> list[tuple[dict[str, Any], int]]:
+  """Returns each row and the offset of its end."""
+  rows, end = [], 0
+  lines = data.splitlines(keepends=True)
+  for number, line in enumerate(lines, start=1):
+    end += len(line)
+    try:
+      row = json.loads(line)
+      if not isinstance(row["step"], int) or not line.endswith(b"\n"):
+        raise ValueError("not a row")
+    except (ValueError, KeyError, TypeError):
+      if number == len(lines):
+        break
+      raise errors.UserError(
+        f'{path} line {number}: not a JSON object with an integer "step"; mend'
+        " or delete that line"
+      ) from None
+    rows.append((row, end))
+  return rows
+
+
+def _bytes_up_to(path: pathlib.Path, step: int | None) -> int:
+  if step is None or not path.exists():
+    return 0
+  kept = 0
+  for row, end in _rows(path.read_bytes(), path):
+    if row["step"] > step:
+      break
+    kept = end
+  return kept
+
+
+def _number(value: Any) -> Any:
+  if isinstance(value, str | bool | int | None):
+    return value
+  value = value.item() if hasattr(value, "item") else value
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+# ------------------------------------------------------------------- record
+
+
+def _lock(workdir: pathlib.Path) -> int:
+  """Returns a descriptor that holds the workdir's lock."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    fd = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot write to workdir {workdir}: {e.strerror}; give another --workdir"
+      " or mend its permissions"
+    ) from e
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    holder = os.read(fd, 32).decode(errors="replace").strip() or "another"
+    os.close(fd)
+    raise errors.UserError(
+      f"workdir {workdir} is in use by process {holder}; wait for it, end it or"
+      " give another --workdir"
+    ) from None
+  os.ftruncate(fd, 0)
+  os.write(fd, str(os.getpid()).encode())
+  return fd
+
+
+def _read_record(workdir: pathlib.Path) -> dict[str, Any]:
+  path = workdir / _RECORD
+  try:
+    record = json.loads(path.read_bytes())
+    if isinstance(record, dict):
+      return record
+    cause = "not a JSON object"
+  except FileNotFoundError:
+    leftovers = [n for n in (METRICS, "checkpoints") if (workdir / n).exists()]
+    if not leftovers:
+      return {}
+    cause = f"missing, yet there is a {leftovers[0]}"
+  except (OSError, ValueError) as e:
+    cause = str(e)
+  raise errors.UserError(
+    f"cannot tell whose run is in {workdir}, {_RECORD} is unreadable ({cause});"
+    " restore that file or give another --workdir"
+  )
+
+
+def _require_same(
+  workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
+) -> None:
+  if old["program"] != new["program"]:
+    raise errors.UserError(
+      f"workdir {workdir} holds a run of `{old['program']}`, not of"
+      f" `{new['program']}`; give another --workdir"
+    )
+  before, after = old["identity"], new["identity"]
+  changed = [
+    f"{key} ({before.get(key, 'unset')} -> {after.get(key, 'unset')})"
+    for key in {**after, **before}
+    if before.get(key) != after.get(key)
+  ]
+  if changed:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise errors.UserError(
+      f"workdir {workdir} belongs to another configuration:"
+      f" {', '.join(changed[:3])}{more} differ; give another --workdir, or"
+      " --allow_config_change to go on here with the new one"
+    )
+
+
+def _statements(gin_text: str) -> dict[str, str]:
+  """Returns `{"gin Limits.wall_s": "5.0"}`, one per statement of the text."""
+  statements, joined = {}, ""
+  for line in gin_text.splitlines():
+    if not line.strip() or line.lstrip().startswith("#"):
+      continue
+    # gin continues a statement with a backslash and indents the next line.
+    joined += line.strip().removesuffix("\\")
+    if not line.endswith("\\"):
+      name, _, value = joined.partition("=")
+      statements[f"gin {name.strip()}"] = value.strip()
+      joined = ""
+  return statements
+
+
+def _attempt() -> dict[str, Any]:
+  packages = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+  versions = {"python": platform.python_version()}
+  for package in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[package] = importlib.metadata.version(package)
+  now = datetime.datetime.now(datetime.UTC)
+  return {
+    "started": now.isoformat(timespec="seconds"),
+    "command": sys.argv,
+    "versions": versions,
+  }
+
+
+def _as_json(value: Any) -> Any:
+  return json.loads(json.dumps(value))
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+  _write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  partial = path.with_name(f".{path.name}.partial")
+  try:
+    with open(partial, "w") as f:
+      f.write(text)
+      f.flush()
+      os.fsync(f.fileno())
+    partial.replace(path)
+  except OSError as e:
+    partial.unlink(missing_ok=True)
+    raise _unwritable(path, e) from e
+
+
+def _unwritable(path: pathlib.Path, e: OSError) -> errors.UserError:
+  return errors.UserError(
+    f"cannot write {path}: {e.strerror}; the checkpoints are untouched, so mend"
+    " that and run the same command again"
+  )
