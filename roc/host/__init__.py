@@ -1,1 +1,1 @@
-"""The host side: Python and numpy only, so that no process here grabs a chip."""
+"""The host side: Python and numpy only, so that no tool grabs a chip."""

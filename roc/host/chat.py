@@ -120,7 +120,7 @@ class ChatFormat:
     )
 
   def call_ids(self, body: str) -> list[int]:
-    """A tool call with `body` between its tags, as a demonstration writes it."""
+    """A tool call with `body` between its tags, for demonstrations."""
     return [
       *self._tag(tokenizer_lib.CALL_OPEN),
       *self.tokenizer.encode(body),
@@ -128,7 +128,7 @@ class ChatFormat:
     ]
 
   def answer_ids(self, answer: str) -> list[int]:
-    r"""`<answer>\boxed{ANSWER}</answer>`, as a demonstration writes it."""
+    r"""`<answer>\boxed{ANSWER}</answer>`, for demonstrations."""
     return [
       *self._tag(tokenizer_lib.ANSWER_OPEN),
       *self.tokenizer.encode("\\boxed{" + answer + "}"),

@@ -5,20 +5,19 @@ token without a role, or a tool's token that carries loss, cannot be written
 down. A line of a trace is one episode as JSON.
 """
 
-from collections.abc import Iterator, Sequence
 import dataclasses
 import itertools
 import json
 import math
 import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from roc import layout
-from roc.host import rewards
+from roc.host import calls, rewards, tools
 from roc.host import tokenizer as tokenizer_lib
-from roc.host import tools
 
 _ENVIRONMENT_ROLES = frozenset({layout.Role.TOOL, layout.Role.TEMPLATE})
 
@@ -171,8 +170,8 @@ class Episode:
       )
     self._append(ids, roles, [0.0] * len(ids))
 
-  def record_turn(self, turn: tools.ParsedTurn) -> None:
-    """Counts a finished turn of the model, its answers and whether it is void."""
+  def record_turn(self, turn: calls.ParsedTurn) -> None:
+    """Counts a finished turn of the model and keeps its answers."""
     self.n_turns += 1
     self.answers.extend(turn.answers)
     self.has_void_turn = self.has_void_turn or turn.is_void
@@ -224,7 +223,7 @@ class Episode:
   def segments(
     self, tokenizer: tokenizer_lib.Tokenizer
   ) -> list[dict[str, str]]:
-    """Decoded text of each run of tokens with one role, to be read by people."""
+    """Decoded text of each run of tokens with one role, for people."""
     pairs = zip(self.token_ids, self.roles, strict=True)
     return [
       {

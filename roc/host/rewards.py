@@ -6,10 +6,10 @@ that stands in the reasoning, earns nothing: rewarding it teaches a policy to
 leave the answer out.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import fractions
 import re
+from collections.abc import Sequence
 
 # Longer text is no answer to an arithmetic problem, and parsing a huge integer
 # takes time that grows with its square.

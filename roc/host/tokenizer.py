@@ -9,11 +9,11 @@ our own templates and by the policy.
 and the strings that the arithmetic task repeats.
 """
 
-from collections.abc import Iterable, Sequence
 import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers

@@ -8,10 +8,10 @@ operands), so train and held-out share no problem whatever the seeds are.
 The words between the numbers are single tokens of the quickstart's tokenizer.
 """
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import types
+from collections.abc import Callable, Mapping
 
 import numpy as np
 

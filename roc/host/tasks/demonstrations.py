@@ -9,11 +9,11 @@ A script only says what the model writes. What the tool answers is what the
 sandbox really printed when the script's code ran.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent import futures
 import dataclasses
 import json
 import re
+from collections.abc import Callable, Sequence
+from concurrent import futures
 
 import numpy as np
 

@@ -1,9 +1,9 @@
 """One problem with a checkable answer, whatever task set it came from."""
 
-from collections.abc import Mapping
 import dataclasses
 import types
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,3 +27,15 @@ class Problem:
   info: Mapping[str, Any] = dataclasses.field(
     default_factory=lambda: types.MappingProxyType({})
   )
+
+
+class Task(Protocol):
+  """A task set: an endless, repeatable order of problems."""
+
+  def problem(self, index: int) -> Problem:
+    """The problem at place `index` >= 0, always the same one."""
+    ...
+
+  def problems(self, start: int, count: int) -> list[Problem]:
+    """Problems at places start .. start + count - 1."""
+    ...
