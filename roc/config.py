@@ -23,8 +23,13 @@ import ml_collections
 
 from roc import config_checks, errors
 from roc.device import model as model_lib
+from roc.device import sampling, selection
+from roc.device import step as step_lib
 
 ModelConfig = model_lib.ModelConfig
+SamplingConfig = sampling.SamplingConfig
+FilterConfig = selection.FilterConfig
+LossConfig = step_lib.LossConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,63 +39,6 @@ class MeshConfig:
   data: int = 1  # copies of the parameters, each with its share of the rows
   fsdp: int = 1  # parameters and rows both split
   tensor: int = 1  # heads and feed-forward width split
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How rollouts are drawn."""
-
-  n_slots: int = 64  # rollouts that are decoded at once
-  chunk: int = 16  # tokens decoded on the device between two looks at the host
-  extend_chunk: int = 32  # tokens of a tool's answer fed in per call
-  cache_length: int = 256  # key/value cache of a slot: prompt + max_tokens
-  temperature: float = 1.0  # of the softmax; log-probs are taken at it too
-  top_k: int = 0  # keep the k likeliest tokens; 0: all
-  top_p: float = 1.0  # keep the likeliest tokens up to this mass; 1: all
-  max_turns: int = 4  # assistant turns of a rollout
-  max_tokens: int = 160  # budget of a rollout after its prompt, tools included
-  max_calls: int = 8  # tool calls of a rollout
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-  """The policy-gradient loss."""
-
-  kind: Literal["clip", "gspo", "cispo"] = "clip"  # the surrogate
-  eps_low: float = 0.2  # lower clip bound: 1 - eps_low
-  eps_high: float = 0.28  # upper clip bound: 1 + eps_high
-  dual_clip: float = 0.0  # bound for negative advantages, above 1; 0: off
-  # What a token is divided by: the tokens of its prompt's group, all tokens of
-  # the batch, or a constant length.
-  normaliser: Literal["prompt", "token", "dr_grpo"] = "prompt"
-  scale_by_std: bool = True  # divide advantages by the group's deviation
-  ddof: int = 1  # of that deviation
-  kl_coef: float = 0.0  # weight of the divergence from the first policy
-  entropy_coef: float = 0.0  # weight of the entropy bonus
-  # Weight by trainer over sampler probability; needs old_logprobs=recompute.
-  correction: Literal["none", "tis", "icepop", "sequence", "geometric"] = "none"
-  correction_low: float = 0.5  # ratios under it are dropped
-  correction_high: float = 2.0  # ratios over it are dropped, or cut by tis
-  # Old log-probs: as sampled, or computed again by the train step.
-  old_logprobs: Literal["sampler", "recompute"] = "sampler"
-  logprob_chunk: int = 1024  # tokens whose logits exist at one time
-
-
-@dataclasses.dataclass(frozen=True)
-class FilterConfig:
-  """Resample on correct, and the row filters that stack on it."""
-
-  mode: Literal["sort", "inverse", "uniform", "none"] = "sort"  # the resampler
-  n_drawn: int = 16  # rollouts drawn per problem
-  n_kept: int = 8  # rollouts of them that are trained on
-  min_pos: int = 1  # correct rollouts kept if there are as many
-  min_neg: int = 1  # wrong rollouts kept if there are as many
-  eps: float = 0.1  # inverse: weight 1 / (penalty + eps)
-  drop_equal_reward: bool = True  # leave out groups of one outcome
-  drop_void_turns: bool = False  # leave out rollouts with a void turn
-  # Truncated rollouts: keep with reward 0, leave out, or penalise by length.
-  overlong: Literal["keep", "mask", "soft"] = "keep"
-  overlong_buffer: int = 16  # soft: last tokens of max_tokens that cost
 
 
 @dataclasses.dataclass(frozen=True)
