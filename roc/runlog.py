@@ -166,7 +166,7 @@ class MetricsLog:
       step: rows come in rising order of it; one step may have several.
       metrics: numbers (numpy scalars too); what is not finite becomes null.
     """
-    row = {"step": int(step)} | {k: _number(v) for k, v in metrics.items()}
+    row = {"step": step} | {k: _number(v) for k, v in metrics.items()}
     line = (json.dumps(row) + "\n").encode()
     end = os.fstat(self._fd).st_size
     try:

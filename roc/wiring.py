@@ -1,0 +1,238 @@
+"""Builds the host side from gin; the only file that imports gin.
+
+gin says which task set, chat format, tools, demonstrations and sandbox a run
+has and how each is built. It never sees a number that the device side uses too:
+those are in `roc.config` and are passed in, so no quantity has two homes.
+
+`host` below is the root; all that `parts` lists can be named in a gin file, and
+a file may `import` a module of the user's own that registers more. One process
+may build many times; each build starts from nothing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util  # noqa: F401 (gin uses it and does not import it)
+import inspect
+import pathlib
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+from roc import errors
+from roc.host import chat as chat_lib
+from roc.host import rewards
+from roc.host import sandbox as sandbox_lib
+from roc.host import tokenizer as tokenizer_lib
+from roc.host import tools
+from roc.host.tasks import arithmetic, demonstrations, jsonl, problem
+
+_SCOPES = ("", "train", "eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostParts:
+  """The host side of a run, built but not started."""
+
+  tokenizer: tokenizer_lib.Tokenizer
+  chat: chat_lib.ChatFormat
+  train_task: problem.Task
+  eval_task: problem.Task
+  rates: demonstrations.MessRates
+  limits: Any  # sandbox.Limits of a tool call
+  score: Callable[..., rewards.Verdict]
+  make_sandbox: Callable[[], Any]  # a context manager that starts it
+  make_toolbox: Callable[[Any], tools.Toolbox]  # from a started sandbox
+  gin_text: str  # every binding, for config.gin
+
+
+def host(
+  *,
+  seed: int,
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+  chat: Callable[..., chat_lib.ChatFormat] = chat_lib.ChatFormat,
+  train_task: Callable[..., problem.Task] = arithmetic.ArithmeticTask,
+  eval_task: Callable[..., problem.Task] | None = None,
+  rates: demonstrations.MessRates | None = None,
+  limits: Any = None,
+  sandbox: Callable[..., Any] | None = None,
+  toolbox: Callable[..., tools.Toolbox] = tools.Toolbox,
+  score: Callable[..., rewards.Verdict] = rewards.score,
+) -> HostParts:
+  """The root of a gin file: `host.train_task = @train/ArithmeticTask`.
+
+  Args:
+    seed: the run's, from the ConfigDict; orders the training problems.
+    tokenizer: an instance (`@quickstart_tokenizer()`).
+    chat: makes the format from the tokenizer.
+    train_task: makes the training problems from `seed`.
+    eval_task: makes the held-out problems, the same for every seed; without it
+      the held-out split of the arithmetic task.
+    rates: how messy the demonstrations are.
+    limits: what a tool call may use.
+    sandbox: makes the sandbox from `limits` and `seed`.
+    toolbox: makes the tools from a sandbox.
+    score: judges a rollout's answers.
+  """
+  tokenizer = tokenizer or tokenizer_lib.quickstart_tokenizer()
+  eval_task = eval_task or functools.partial(
+    arithmetic.ArithmeticTask, split="heldout"
+  )
+  limits = limits or sandbox_lib.Limits()
+  # A bad option must be an error now, not when the first call is made.
+  toolbox(typing.cast(Any, None))
+  return HostParts(
+    tokenizer=tokenizer,
+    chat=chat(tokenizer),
+    train_task=train_task(seed=seed),
+    eval_task=eval_task(),
+    rates=rates or demonstrations.MessRates(),
+    limits=limits,
+    score=score,
+    make_sandbox=functools.partial(
+      sandbox or sandbox_lib.Sandbox, limits=limits, seed=seed
+    ),
+    make_toolbox=toolbox,
+    gin_text="",
+  )
+
+
+@functools.cache
+def parts() -> dict[str, list[str]]:
+  """Registers what a gin file may name.
+
+  Returns:
+    Each name with the parameters that can be bound; those that are passed in
+    cannot.
+  """
+  bindable = {}
+  for part, name, *passed_in in (
+    (host, "host", "seed"),
+    (tokenizer_lib.quickstart_tokenizer, "quickstart_tokenizer"),
+    (tokenizer_lib.Tokenizer.load, "load_tokenizer"),
+    (chat_lib.ChatFormat, "ChatFormat", "tokenizer"),
+    (arithmetic.ArithmeticTask, "ArithmeticTask", "seed"),
+    (jsonl.JsonlTask, "JsonlTask", "seed"),
+    (demonstrations.MessRates, "MessRates"),
+    (sandbox_lib.Limits, "Limits"),
+    (sandbox_lib.Sandbox, "Sandbox", "limits", "seed"),
+    (tools.Toolbox, "Toolbox", "sandbox"),
+    (rewards.score, "score", "answers", "gold", "is_truncated"),
+  ):
+    gin.external_configurable(part, name, denylist=passed_in)
+    bindable[name] = [
+      p for p in inspect.signature(part).parameters if p not in passed_in
+    ]
+  return bindable
+
+
+def build_host(
+  gin_files: Sequence[str] = (),
+  gin_bindings: Sequence[str] = (),
+  *,
+  seed: int,
+) -> HostParts:
+  """Reads gin files, then bindings, and builds the host side from them.
+
+  Args:
+    gin_files: paths, relative to the working directory or to the checkout.
+    gin_bindings: statements such as `Limits.wall_s = 2.0`; these win.
+    seed: the run's seed.
+
+  Returns:
+    The parts, with nothing started yet.
+
+  Raises:
+    errors.UserError: a missing file, an unknown name or parameter, a bad value,
+      or a part that cannot be built; one sentence that says where.
+  """
+  parts()
+  gin.clear_config()
+  for name in gin_files:
+    with _one_sentence(name):
+      gin.parse_config_file(str(_find(name)))
+  for binding in gin_bindings:
+    with _one_sentence(f"gin binding `{binding}`"):
+      gin.parse_config(binding)
+  _check_types()
+  with _one_sentence("gin"):
+    gin.finalize()
+    built = gin.get_configurable("host")(seed=seed)
+  return dataclasses.replace(built, gin_text=gin.config_str())
+
+
+def _find(name: str) -> pathlib.Path:
+  here = pathlib.Path(name)
+  checkout = pathlib.Path(__file__).resolve().parent.parent / name
+  for path in (here, checkout):
+    if path.is_file():
+      return path
+  folder = here.parent if here.parent.is_dir() else checkout.parent
+  others = [p.name for p in folder.glob("*.gin")] if folder.is_dir() else []
+  raise errors.UserError(
+    f"gin file {name} does not exist{errors.closest(here.name, others)}; give"
+    " --config.host.gin_files a path from here or from the checkout"
+  )
+
+
+@contextlib.contextmanager
+def _one_sentence(where: str) -> Iterator[None]:
+  """Makes one sentence of what gin or a part of the host objects to."""
+  try:
+    yield
+  except errors.UserError:
+    raise
+  except Exception as e:
+    text = str(e)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0].rstrip(".") if lines else repr(e)
+    unset = re.match(r"No bindings specified for '(.*)/gin.macro'", first)
+    if unset:
+      first = f"the macro %{unset[1]} is used and never set"
+    line = re.search(r"\bline (\d+)", text)
+    made = re.search(r"In call to configurable '(\w+)'", text)
+    if line and not where.startswith("gin binding"):
+      where += f" line {line[1]}"
+    elif made:
+      where = f"gin: {made[1]}"
+    raise errors.UserError(f"{where}: {first}{_hint(first)}") from e
+
+
+def _hint(sentence: str) -> str:
+  """Returns a suggestion for a misspelt name or parameter."""
+  quoted = re.findall(r"'@?([\w./]+)(?:\(\))?'", sentence)
+  if "parameter named" in sentence and len(quoted) == 2:
+    name = quoted[0].rpartition(".")[2]
+    return errors.closest(quoted[1], parts().get(name, []))
+  if sentence.startswith("No configurable matching") and quoted:
+    return errors.closest(quoted[0].rpartition("/")[2], parts())
+  return ""
+
+
+def _check_types() -> None:
+  """gin takes any literal for any parameter; numbers must be numbers here."""
+  for name, key, parameter, value in _bound_literals():
+    allowed = typing.get_args(parameter.annotation) or (parameter.annotation,)
+    if not all(kind in (bool, int, float, str, type(None)) for kind in allowed):
+      continue
+    kinds = (*allowed, int) if float in allowed else allowed
+    is_bool_for_number = isinstance(value, bool) and bool not in allowed
+    if is_bool_for_number or not isinstance(value, kinds):
+      wanted = " or ".join(kind.__name__ for kind in allowed)
+      raise errors.UserError(
+        f"gin binding {name}.{key} must be {wanted}, got {value!r}"
+      )
+
+
+def _bound_literals() -> Iterator[tuple[str, str, inspect.Parameter, Any]]:
+  for name in parts():
+    signature = inspect.signature(gin.get_configurable(name))
+    for scope in _SCOPES:
+      with gin.config_scope(scope or None):
+        bound = gin.get_bindings(name, resolve_references=False)
+      for key, value in bound.items():
+        if isinstance(value, bool | int | float | str):
+          yield name, key, signature.parameters[key], value
