@@ -1,0 +1,324 @@
+"""Turns a workdir into a table on the terminal and one self-contained page.
+
+Reads metrics.jsonl, config.json and rollouts/step_*.jsonl and nothing else, so
+a report can be made while a run is going on, after it was killed, or on another
+machine. The page needs no network: styles and figures are inside it, and all
+text that a model or a tool wrote is escaped.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import rich.console
+import rich.table
+
+from roc import curves, errors, gallery, plots
+
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+
+ACCURACY = "eval/heldout/accuracy"
+HEAD = "eval/head/accuracy"
+FAILING = "eval/heldout/failure_frequency_correct"
+
+# Metric, its name in the table, and how a value is written.
+HEADLINES = (
+  (ACCURACY, "accuracy with the tool", "percent"),
+  (HEAD, "accuracy in the head", "percent"),
+  (FAILING, "failing calls per call, correct rollouts", "percent"),
+  ("eval/heldout/call_frequency", "tool calls per rollout", "number"),
+  ("eval/heldout/num_turns", "turns per rollout", "number"),
+  ("eval/heldout/mean_length", "tokens per rollout", "number"),
+)
+
+# What a run of the quickstart is asked to reach.
+MAX_HEAD = 0.05
+MIN_GAIN = 0.15
+ENOUGH_ACCURACY = 0.95
+MIN_CLEANUP = 3.0
+
+
+class Table(NamedTuple):
+  """The headline table as text."""
+
+  columns: list[str]
+  rows: list[list[str]]
+  note: str
+
+
+class Target(NamedTuple):
+  """One goal, what was measured, and whether it was reached."""
+
+  name: str
+  figure: str
+  goal: str
+  is_met: bool
+
+  @property
+  def verdict(self) -> str:
+    """In words."""
+    return "met" if self.is_met else "not met"
+
+  @property
+  def css(self) -> str:
+    """Class of the badge."""
+    return "good" if self.is_met else "bad"
+
+
+def run(cfg: object, workdir: pathlib.Path) -> None:
+  """Writes `<workdir>/report.html` and prints the headline table.
+
+  Args:
+    cfg: not used; a report speaks of what the workdir holds.
+    workdir: a run's directory.
+
+  Raises:
+    errors.UserError: the workdir holds no metrics, or cannot be written.
+  """
+  del cfg
+  path, table, targets, timing = write(pathlib.Path(workdir))
+  console = rich.console.Console(highlight=False)
+  if table.rows:
+    console.print(_rich_table(table))
+  for target in targets:
+    console.print(
+      f"{target.verdict:>8}  {target.name}: {target.figure} (goal: {target.goal})",
+      markup=False,
+      soft_wrap=True,
+    )
+  if timing:
+    console.print(timing, markup=False, soft_wrap=True)
+  console.print(f"report: {path}", markup=False, soft_wrap=True)
+
+
+def write(
+  workdir: pathlib.Path,
+) -> tuple[pathlib.Path, Table, list[Target], str]:
+  """Writes the page.
+
+  Args:
+    workdir: a run's directory.
+
+  Returns:
+    Path of the page, the headline table, the targets and the time split.
+
+  Raises:
+    errors.UserError: no metrics, or the page cannot be written.
+  """
+  rows = curves.read(workdir / "metrics.jsonl")
+  config = read_config(workdir)
+  table, targets = headline_table(rows, config), headline_targets(rows)
+  page = (
+    _environment()
+    .get_template("report.html")
+    .render(
+      title=f"roc: {workdir.resolve().name}",
+      subtitle=describe(rows, config),
+      colours=plots.style_sheet(":root"),
+      targets=targets,
+      table=table,
+      panels=curves.draw(rows),
+      exhibits=gallery.exhibits(workdir / "rollouts"),
+    )
+  )
+  path = workdir / "report.html"
+  scratch = workdir / "report.html.part"
+  try:
+    scratch.write_text(page, encoding="utf-8")
+    os.replace(scratch, path)
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot write {path}: {e.strerror}; free space or give the workdir"
+      " write permission"
+    ) from None
+  return path, table, targets, curves.time_split(rows)
+
+
+def read_config(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the run's config.json, or nothing where there is none."""
+  try:
+    values = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return {}
+  return values if isinstance(values, dict) else {}
+
+
+# ------------------------------------------------------------------ headline
+
+
+def evaluations(rows: Sequence[curves.Row]) -> list[curves.Row]:
+  """Returns the rows on which held-out problems were evaluated."""
+  return [row for row in rows if curves.is_number(row.get(ACCURACY))]
+
+
+def headline_table(
+  rows: Sequence[curves.Row], config: Mapping[str, Any]
+) -> Table:
+  """Compares the policy before, early in and at the end of training.
+
+  Args:
+    rows: metrics, one row per step.
+    config: the run's config.json, for the number of held-out problems.
+
+  Returns:
+    Up to three columns of figures; no rows if nothing was evaluated yet.
+  """
+  evaluated = evaluations(rows)
+  if not evaluated:
+    return Table([], [], "")
+  end = len(evaluated) - 1
+  picked = [evaluated[i] for i in sorted({0, min(1, end), end})]
+  names = [_moment(row["step"], row is picked[-1]) for row in picked]
+  section = config.get("eval")
+  section = section if isinstance(section, Mapping) else {}
+  n = section.get("n_problems"), section.get("samples", 1)
+  n_rollouts = n[0] * n[1] if all(isinstance(v, int) for v in n) else 0
+  body = []
+  for metric, name, kind in HEADLINES:
+    values = [row.get(metric) for row in picked]
+    if not any(curves.is_number(v) for v in values):
+      continue
+    is_accuracy = metric in (ACCURACY, HEAD)
+    spread = n_rollouts if is_accuracy else 0
+    body.append([name] + [_cell(v, kind, spread) for v in values])
+  note = ""
+  if n_rollouts:
+    note = (
+      f"Held-out problems: {n[0]}, rollouts each: {n[1]}. ± is half the 95 %"
+      " interval of a share measured on so many."
+    )
+  return Table(["held-out problems", *names], body, note)
+
+
+def headline_targets(rows: Sequence[curves.Row]) -> list[Target]:
+  """Holds the last evaluation against the quickstart's goals.
+
+  Args:
+    rows: metrics, one row per step.
+
+  Returns:
+    A target for each figure that was measured before and after training.
+  """
+  evaluated = evaluations(rows)
+  if len(evaluated) < 2:
+    return []
+  first, last = evaluated[0], evaluated[-1]
+  targets = []
+  gain = last[ACCURACY] - first[ACCURACY]
+  targets.append(
+    Target(
+      "accuracy with the tool",
+      f"{_percent(first[ACCURACY])} → {_percent(last[ACCURACY])}",
+      f"{100 * MIN_GAIN:.0f} points more, or over {_percent(ENOUGH_ACCURACY)}",
+      gain >= MIN_GAIN or last[ACCURACY] > ENOUGH_ACCURACY,
+    )
+  )
+  if curves.is_number(first.get(FAILING)) and curves.is_number(
+    last.get(FAILING)
+  ):
+    targets.append(_cleanup(first[FAILING], last[FAILING]))
+  if curves.is_number(last.get(HEAD)):
+    targets.append(
+      Target(
+        "accuracy in the head",
+        _percent(last[HEAD]),
+        f"under {_percent(MAX_HEAD)}: the tool does the work",
+        last[HEAD] < MAX_HEAD,
+      )
+    )
+  return targets
+
+
+def _cleanup(before: float, after: float) -> Target:
+  figure = f"{_percent(before)} → {_percent(after)}"
+  if after > 0 and before > 0:
+    figure += f" ({before / after:.1f}-fold down)"
+  return Target(
+    "failing calls in correct rollouts",
+    figure,
+    f"down at least {MIN_CLEANUP:.0f}-fold",
+    before > 0 and after * MIN_CLEANUP <= before,
+  )
+
+
+def describe(rows: Sequence[curves.Row], config: Mapping[str, Any]) -> str:
+  """Says in one line what the run was, as far as the workdir tells."""
+  parts = []
+  section = config.get("filter")
+  if isinstance(section, Mapping) and "mode" in section:
+    drawn, kept = section.get("n_drawn"), section.get("n_kept")
+    parts.append(f"filter {section['mode']}, {drawn} drawn, {kept} kept")
+  last = rows[-1]
+  parts.append(f"{last['step']} steps")
+  for name, words in (
+    ("rollouts_drawn", "rollouts drawn"),
+    ("tokens_sampled", "tokens sampled"),
+  ):
+    _, values = curves.series(rows, name)
+    if values:
+      parts.append(f"{values[-1]:,.0f} {words}")
+  if "seed" in config:
+    parts.append(f"seed {config['seed']}")
+  return " · ".join(parts)
+
+
+def _moment(step: int, is_last: bool) -> str:
+  if step == 0:
+    return "before RL"
+  return f"{'last, ' if is_last else ''}step {step}"
+
+
+def _percent(share: float) -> str:
+  digits = 0 if share in (0.0, 1.0) else 1
+  return f"{100 * share:.{digits}f} %"
+
+
+def _cell(value: Any, kind: str, n: int) -> str:
+  if not curves.is_number(value):
+    return "–"
+  if kind != "percent":
+    return f"{value:.2f}" if value < 20 else f"{value:.1f}"
+  return _percent(value) + (f" ± {100 * half_width(value, n):.1f}" if n else "")
+
+
+def half_width(share: float, n: int) -> float:
+  """Half the width of Wilson's 95 % interval of a share of n trials.
+
+  Unlike the normal one, it is not zero at shares of 0 and 1.
+
+  Args:
+    share: in [0, 1].
+    n: number of trials, at least 1.
+
+  Returns:
+    Half width, in [0, 0.5).
+  """
+  z = 1.96
+  inner = share * (1 - share) / n + z * z / (4 * n * n)
+  return z * math.sqrt(max(inner, 0.0)) / (1 + z * z / n)
+
+
+# ----------------------------------------------------------------- rendering
+
+
+def _environment() -> jinja2.Environment:
+  return jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+
+
+def _rich_table(table: Table) -> rich.table.Table:
+  drawn = rich.table.Table(title_justify="left")
+  for i, name in enumerate(table.columns):
+    drawn.add_column(name, justify="left" if i == 0 else "right")
+  for row in table.rows:
+    drawn.add_row(*row)
+  return drawn
