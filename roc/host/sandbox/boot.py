@@ -1,0 +1,39 @@
+"""The exec'd entry point: `python -s -S -P boot.py CHANNEL_FD SCRATCH_ROOT`.
+
+Run by path, so that it works from a checkout and from an installed package
+alike and imports nothing but this directory and `roc.layout`: the packages
+above are stood up empty, their `__init__` never runs.
+"""
+
+import os
+import sys
+import types
+
+
+def _stand_up_packages() -> None:
+  here = os.path.dirname(os.path.abspath(__file__))
+  host = os.path.dirname(here)
+  for name, path in (
+    ("roc", os.path.dirname(host)),
+    ("roc.host", host),
+    ("roc.host.sandbox", here),
+  ):
+    package = types.ModuleType(name)
+    package.__path__ = [path]
+    sys.modules[name] = package
+
+
+def main(argv: list[str]) -> None:
+  """Starts keeper and server; in a forked child, runs the child's job."""
+  _stand_up_packages()
+  from roc.host.sandbox import child, keeper, server
+
+  channel_fd, root = int(argv[1]), argv[2]
+  keeper.split(channel_fd, root)  # the parent stays in there to its end
+  job = server.serve(channel_fd, root)
+  if job is not None:
+    child.run(job)
+
+
+if __name__ == "__main__":
+  main(sys.argv)

@@ -1,0 +1,182 @@
+"""What a caller hands to the sandbox and what comes back; nothing else.
+
+Both sides of the process border import this file: the trainer's client and the
+exec'd server. So it holds plain frozen records over JSON-able values.
+"""
+
+import dataclasses
+import json
+import math
+
+from roc import layout
+
+# Weakest first; a machine's tier is the strongest one that its probes allow.
+TIERS = ("process", "filtered", "confined", "isolated", "external")
+TOOLS = ("python",)
+MAX_STDIN_BYTES = 16 << 20
+
+
+class SandboxError(RuntimeError):
+  """The sandbox cannot start or cannot be used; says what and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What one call may use. Every field is a hard bound, never a hint.
+
+  Attributes:
+    wall_s: seconds from the start of the child; waiting in the queue is free.
+    cpu_s: CPU seconds of the call's main process, all its threads together.
+    memory_mb: address space that a process may add to the bare interpreter's.
+    output_bytes: bytes kept of stdout and of stderr, each; one more ends the
+      call.
+    n_processes: live processes of the call, the main one included.
+    file_mb: size of any one file that the call writes.
+    n_files: open descriptors of a process, the three standard ones included.
+    code_bytes: UTF-8 length of the code; longer code is rejected unrun.
+  """
+
+  wall_s: float = 5.0
+  cpu_s: float = 5.0
+  memory_mb: int = 512
+  output_bytes: int = 4096
+  n_processes: int = 16
+  file_mb: int = 16
+  n_files: int = 64
+  code_bytes: int = 65536
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      kinds = (int, float) if field.type is float else (int,)
+      if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(
+          f"Limits.{field.name} must be a number, found {value!r}"
+        )
+      if not (math.isfinite(value) and value > 0):
+        raise ValueError(
+          f"Limits.{field.name} must be positive and finite, found {value!r}"
+        )
+    if self.n_files < 8:
+      raise ValueError(
+        f"Limits.n_files must be at least 8, found {self.n_files}: Python"
+        " itself needs a few descriptors"
+      )
+
+  def to_json(self) -> dict:
+    """Returns the fields as a JSON-able dict, inverse of `from_json`."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, fields: dict) -> "Limits":
+    """Returns the limits written by `to_json`; unknown fields raise."""
+    return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+  """How one call ended.
+
+  Only `status`, `stdout`, `stderr`, `error_type`, `exit_code` and `signal` are
+  a function of the code alone; the measurements below them vary from run to
+  run and must never reach the model.
+
+  Attributes:
+    status: exactly one `layout.ToolStatus`.
+    stdout: decoded UTF-8, bad bytes replaced, cut to `Limits.output_bytes`.
+    stderr: likewise; an uncaught exception's traceback stands here.
+    error_type: class name of the uncaught exception, or "".
+    exit_code: of the main process; None where a signal ended it or it never
+      ran.
+    signal: that ended the main process, or None.
+    clean: the program reached its end or an exception or `sys.exit` ended it;
+      False after `os._exit`, a kill, or when nothing ran.
+    truncated_bytes: output bytes seen beyond the cap and dropped.
+    wall_ms: from the start of the child to its last process' death.
+    cpu_ms: of the main process and of the children it waited for.
+    max_rss_kb: largest resident size of the main process.
+    tier: confinement under which the call ran.
+    retries: how often the call was run again after a fault of the sandbox.
+  """
+
+  status: layout.ToolStatus
+  stdout: str = ""
+  stderr: str = ""
+  error_type: str = ""
+  exit_code: int | None = None
+  signal: int | None = None
+  clean: bool = False
+  truncated_bytes: int = 0
+  wall_ms: float = 0.0
+  cpu_ms: float = 0.0
+  max_rss_kb: int = 0
+  tier: str = "process"
+  retries: int = 0
+
+  def to_json(self) -> str:
+    """Returns one JSON object; the status goes by its lower-case name."""
+    fields = dataclasses.asdict(self)
+    fields["status"] = self.status.name.lower()
+    return json.dumps(fields)
+
+  @classmethod
+  def from_json(cls, text: str) -> "ToolResult":
+    """Returns the result written by `to_json`."""
+    fields = json.loads(text)
+    fields["status"] = layout.ToolStatus[fields["status"].upper()]
+    return cls(**fields)
+
+
+def rejection(code: object, stdin: object, limits: Limits) -> str | None:
+  """Says why a call must not run, in a sentence the model can act on.
+
+  Args:
+    code: what the model sent as the program.
+    stdin: what the program is to read.
+    limits: of this call.
+
+  Returns:
+    The sentence, or None when the call may run.
+  """
+  if not isinstance(code, str):
+    return (
+      "The call was not run: the code must be a string, found"
+      f" {type(code).__name__}."
+    )
+  if "\0" in code:
+    line = code.count("\n", 0, code.index("\0")) + 1
+    return (
+      f"The code was not run: it contains a NUL character in line {line};"
+      " remove it."
+    )
+  try:
+    n_bytes = len(code.encode("utf-8"))
+  except UnicodeEncodeError as error:
+    line = code.count("\n", 0, error.start) + 1
+    return (
+      "The code was not run: it is not valid UTF-8 (lone surrogate in line"
+      f" {line}); write the character as an escape."
+    )
+  if n_bytes > limits.code_bytes:
+    return (
+      f"The code was not run: it is {n_bytes} bytes long and at most"
+      f" {limits.code_bytes} are allowed; send a shorter program."
+    )
+  if not isinstance(stdin, str | bytes):
+    return (
+      "The call was not run: stdin must be a string, found"
+      f" {type(stdin).__name__}."
+    )
+  if len(stdin_bytes(stdin)) > MAX_STDIN_BYTES:
+    return (
+      f"The call was not run: stdin is longer than {MAX_STDIN_BYTES} bytes;"
+      " send less."
+    )
+  return None
+
+
+def stdin_bytes(stdin: str | bytes) -> bytes:
+  """Returns stdin as the bytes the child reads; lone surrogates survive."""
+  if isinstance(stdin, str):
+    return stdin.encode("utf-8", "surrogatepass")
+  return stdin

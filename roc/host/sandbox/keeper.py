@@ -1,0 +1,89 @@
+"""The server's parent: when the server dies, nothing of it stays behind.
+
+A program may kill its server, and orphans of a dead server would be handed to
+init and live on. So the server has a parent that adopts them. It does nothing
+else but to sweep the trash: finished calls' scratch directories are renamed
+into it, and deleting 10^5 files must not hold up the server.
+"""
+
+import contextlib
+import os
+import signal
+import time
+
+from roc.host.sandbox import linux, scratch
+
+WORK, TRASH = "work", "trash"
+_TICK_S = 0.25
+_GRACE_S = 1.0
+
+
+def split(channel_fd: int, root: str) -> None:
+  """Forks: returns in the child, the future server; the parent keeps watch.
+
+  Args:
+    channel_fd: the trainer's socket, which only the server may hold: its
+      closing tells the trainer that the server is dead.
+    root: directory with the subdirectories `WORK` and `TRASH`; deleted at the
+      end.
+  """
+  trainer = os.getppid()
+  linux.adopt_orphans()
+  signal.signal(signal.SIGTERM, lambda *_: None)
+  signal.pthread_sigmask(
+    signal.SIG_BLOCK, {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+  )
+  keeper = os.getpid()
+  pid = os.fork()
+  if pid == 0:
+    linux.die_with_parent(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.getppid() != keeper:
+      os._exit(1)
+    return
+  try:
+    os.close(channel_fd)
+    _watch(trainer, pid, os.path.join(root, TRASH))
+    _kill_all()
+    scratch.remove_directory(root)
+  finally:
+    os._exit(0)
+
+
+def _watch(trainer: int, server: int, trash: str) -> None:
+  """Returns when the server is dead, seeing to it if the trainer is."""
+  told_at = None
+  while True:
+    caught = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, _TICK_S)
+    while True:
+      try:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+      except ChildProcessError:
+        return
+      if pid == server:
+        return
+      if pid == 0:
+        break
+    is_over = os.getppid() != trainer or (
+      caught is not None and caught.si_signo == signal.SIGTERM
+    )
+    if is_over and told_at is None:
+      told_at = time.monotonic()
+      os.kill(server, signal.SIGTERM)
+    if told_at is not None and time.monotonic() > told_at + _GRACE_S:
+      os.kill(server, signal.SIGKILL)
+    with contextlib.suppress(OSError):
+      scratch.empty_directory(trash)
+
+
+def _kill_all() -> None:
+  """Kills all descendants: each death hands us the next generation."""
+  while True:
+    for pid in linux.children(os.getpid()):
+      linux.kill_quietly(pid)
+    try:
+      while os.waitpid(-1, os.WNOHANG) != (0, 0):
+        pass
+    except ChildProcessError:
+      return
+    time.sleep(0.002)

@@ -1,0 +1,199 @@
+"""One server process as the trainer sees it: exec, handshake, frames, end.
+
+The server is started by exec, never by a bare fork: the trainer is a JAX
+process, full of threads whose locks a forked copy could never release.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+from roc.host.sandbox import contract, keeper, scratch, wire
+
+_SEND_TIMEOUT_S = 20
+_CLOSE_TIMEOUT_S = 8.0
+_BOOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "boot.py")
+
+# All that a program finds in its environment; HOME and TMPDIR come per call.
+ENVIRONMENT = {
+  "PATH": "/usr/local/bin:/usr/bin:/bin",
+  "LANG": "C.UTF-8",
+  "TZ": "UTC",
+  "PYTHONHASHSEED": "0",
+  "MPLBACKEND": "Agg",
+  "OMP_NUM_THREADS": "1",
+  "OPENBLAS_NUM_THREADS": "1",
+  "MKL_NUM_THREADS": "1",
+  "NUMEXPR_NUM_THREADS": "1",
+  "VECLIB_MAXIMUM_THREADS": "1",
+  # Each thread would otherwise reserve 64 MB of its RLIMIT_AS.
+  "MALLOC_ARENA_MAX": "2",
+}
+
+
+class Link:
+  """A running server; `start` is the constructor."""
+
+  def __init__(self, process: subprocess.Popen, sock: socket.socket, root: str):
+    self._process = process
+    self._socket = sock
+    self._root = root
+    self._unpacker = wire.Unpacker()
+    self._poll = select.poll()
+    self._poll.register(sock, select.POLLIN)
+    self.facts: dict = {}
+
+  @classmethod
+  def start(
+    cls, n_workers: int, preload: tuple[str, ...], timeout_s: float
+  ) -> "Link":
+    """Starts a server and waits until it is ready.
+
+    Args:
+      n_workers: calls that it runs at a time.
+      preload: modules to load beside the standard ones.
+      timeout_s: to wait for `ready`.
+
+    Returns:
+      The link, its `facts` filled with what the server says of itself.
+
+    Raises:
+      contract.SandboxError: it could not be started; says why.
+    """
+    try:
+      root = tempfile.mkdtemp(prefix="roc-sandbox-")
+      os.mkdir(os.path.join(root, keeper.WORK))
+      os.mkdir(os.path.join(root, keeper.TRASH))
+    except OSError as error:
+      raise contract.SandboxError(
+        f"the sandbox found no directory to work in ({error}): set TMPDIR to"
+        " a writable one"
+      ) from error
+    ours, theirs = socket.socketpair()
+    # A server that reads nothing for this long must not hang the trainer.
+    ours.setsockopt(
+      socket.SOL_SOCKET,
+      socket.SO_SNDTIMEO,
+      struct.pack("ll", _SEND_TIMEOUT_S, 0),
+    )
+    try:
+      with theirs, tempfile.TemporaryFile() as log:
+        link = cls(_spawn(theirs, root, log), ours, root)
+        config = {
+          "n_workers": n_workers,
+          "preload": list(preload),
+          "site_dirs": _site_dirs(),
+        }
+        theirs.close()
+        link.send(config)
+        link._await_ready(timeout_s, log)
+        return link
+    except BaseException:
+      ours.close()
+      scratch.remove_directory(root)
+      raise
+
+  def _await_ready(self, timeout_s: float, log) -> None:
+    deadline = time.monotonic() + timeout_s
+    messages: list[dict] = []
+    why = f"it was not ready within {timeout_s:g} s"
+    while not messages and time.monotonic() < deadline:
+      received = self.receive(0.1)
+      if received is None:
+        log.seek(0)
+        tail = log.read()[-500:].decode("utf-8", "replace").strip()
+        why = f"it ended at once: {tail or 'no message'}"
+        break
+      messages = received
+    if messages and messages[0].get("op") == "ready":
+      self.facts = messages[0]
+      return
+    if messages:
+      why = str(messages[0].get("why"))
+    self.close()
+    raise contract.SandboxError(
+      f"the sandbox server ({sys.executable}) cannot start: {why}; check that"
+      " this interpreter runs and has the modules named in `preload`"
+    )
+
+  @property
+  def pid(self) -> int:
+    """Process id of the server (not of its keeper)."""
+    return int(self.facts["pid"])
+
+  @property
+  def keeper_pid(self) -> int:
+    """Process id of the server's parent, which is this process' child."""
+    return self._process.pid
+
+  def send(self, message: dict) -> None:
+    """Sends one message.
+
+    Raises:
+      OSError: the server is gone or has not read for many seconds.
+    """
+    self._socket.sendall(wire.pack(message))
+
+  def receive(self, timeout_s: float) -> list[dict] | None:
+    """Returns the messages that came, [] after the timeout, None at the end."""
+    if not self._poll.poll(timeout_s * 1e3):
+      return []
+    try:
+      data = self._socket.recv(1 << 18)
+      return self._unpacker.feed(data) if data else None
+    except (OSError, wire.WireError):
+      return None
+
+  def close(self) -> None:
+    """Ends the server and everything below it; returns when it is over."""
+    with contextlib.suppress(OSError):
+      self._socket.shutdown(socket.SHUT_RDWR)
+    try:
+      self._process.wait(_CLOSE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._socket.close()
+    scratch.remove_directory(self._root)
+
+  def kill(self) -> None:
+    """Kills a server that no longer answers; `receive` then says so."""
+    self._process.terminate()  # the keeper kills the server, then all else
+    with contextlib.suppress(OSError):
+      self._socket.shutdown(socket.SHUT_RDWR)
+
+
+def _spawn(theirs: socket.socket, root: str, log) -> subprocess.Popen:
+  try:
+    return subprocess.Popen(
+      [
+        sys.executable,
+        # No site, no user site, no script directory on the path, no .pyc: the
+        # environment below is the only thing that reaches the server.
+        *("-s", "-S", "-P", "-B", _BOOT, str(theirs.fileno()), root),
+      ],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=log,
+      pass_fds=(theirs.fileno(),),
+      env=ENVIRONMENT,
+      cwd="/",
+      start_new_session=True,  # the terminal's Ctrl-C is the trainer's
+    )
+  except OSError as error:
+    raise contract.SandboxError(
+      f"the sandbox cannot start {sys.executable} ({error}): run it from a"
+      " working Python"
+    ) from error
+
+
+def _site_dirs() -> list[str]:
+  """Where this interpreter finds installed packages."""
+  names = ("site-packages", "dist-packages")
+  return [p for p in sys.path if os.path.basename(p) in names]

@@ -1,0 +1,147 @@
+"""The few kernel facts that Python does not wrap: process tree, prctl, clocks.
+
+Which process belongs to which call is the question here. Process groups and
+sessions do not answer it (a program leaves both by `setsid`), parents neither
+(an orphan is handed to the nearest subreaper). A hard resource limit does: it
+is inherited through fork and exec and cannot be raised again, so a call's
+number is written into RLIMIT_LOCKS, which Linux has not used since 2.4.25.
+"""
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import time
+
+_RLIMIT_LOCKS = 10
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+  if _libc.prctl(option, value, 0, 0, 0) != 0:
+    number = ctypes.get_errno()
+    raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def die_with_parent(how: int = signal.SIGKILL) -> None:
+  """Asks for signal `how` when the thread that forked this process ends."""
+  _prctl(_PR_SET_PDEATHSIG, how)
+
+
+def adopt_orphans() -> None:
+  """Makes this process the parent of its descendants' orphans."""
+  _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def forbid_new_privileges() -> None:
+  """Makes setuid binaries powerless for this process and all below it."""
+  _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def flush_c_streams() -> None:
+  """Writes out what C code left in stdio buffers."""
+  _libc.fflush(None)
+
+
+def offer_to_oom_killer() -> None:
+  """Lets the kernel shoot the sandbox before it shoots the trainer."""
+  with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+    f.write("1000")
+
+
+def first_tag() -> int:
+  """Returns the largest call tag this process may hand out; count down."""
+  hard = resource.getrlimit(_RLIMIT_LOCKS)[1]
+  return 1 << 40 if hard == resource.RLIM_INFINITY else hard - 1
+
+
+def set_tag(tag: int) -> None:
+  """Marks this process and all it will ever start as parts of call `tag`."""
+  resource.setrlimit(_RLIMIT_LOCKS, (tag, tag))
+
+
+def read_tag(pid: int) -> int | None:
+  """Returns the tag of a process, or None when it is gone or not ours."""
+  try:
+    return resource.prlimit(pid, _RLIMIT_LOCKS)[1]
+  except (OSError, ValueError):
+    return None
+
+
+def cpu_seconds(pid: int) -> float:
+  """Returns the CPU time of all threads of a process, 0.0 when it is gone."""
+  clock = (~pid << 3) | 2  # what clock_getcpuclockid(3) computes
+  try:
+    return time.clock_gettime(clock)
+  except OSError:
+    return 0.0
+
+
+def address_space_bytes() -> int:
+  """Returns the size of this process' address space, as RLIMIT_AS counts."""
+  with open("/proc/self/statm", "rb") as f:
+    return int(f.read().split()[0]) * resource.getpagesize()
+
+
+def _children_by_list(pid: int) -> list[int]:
+  pids = []
+  try:
+    for task in os.listdir(f"/proc/{pid}/task"):
+      with open(f"/proc/{pid}/task/{task}/children", "rb") as f:
+        pids.extend(map(int, f.read().split()))
+  except OSError:  # the process or a thread of it has just gone
+    pass
+  return pids
+
+
+def _children_by_scan(pid: int) -> list[int]:
+  """For kernels built without CONFIG_PROC_CHILDREN."""
+  pids = []
+  for name in os.listdir("/proc"):
+    if not name.isdigit():
+      continue
+    try:
+      with open(f"/proc/{name}/stat", "rb") as f:
+        # The command may hold anything, a ")" too: fields follow the last one.
+        parent = int(f.read().rpartition(b")")[2].split()[1])
+    except OSError:
+      continue
+    if parent == pid:
+      pids.append(int(name))
+  return pids
+
+
+_HAS_LIST = os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+
+def children(pid: int) -> list[int]:
+  """Returns the pids of a process' children, zombies included."""
+  return _children_by_list(pid) if _HAS_LIST else _children_by_scan(pid)
+
+
+def descendants(pid: int, at_most: int) -> list[int]:
+  """Returns the pids below a process, the walk ending past `at_most`."""
+  found: list[int] = []
+  front = [pid]
+  while front and len(found) <= at_most:
+    below = [child for parent in front for child in children(parent)]
+    found.extend(below)
+    front = below
+  return found
+
+
+def kill_quietly(pid: int) -> None:
+  """SIGKILLs a process; one that is gone or not ours is no error."""
+  with contextlib.suppress(ProcessLookupError, PermissionError):
+    os.kill(pid, signal.SIGKILL)
+
+
+def kill_group_quietly(pgid: int) -> None:
+  """SIGKILLs a process group; an empty one is no error."""
+  with contextlib.suppress(ProcessLookupError, PermissionError):
+    os.killpg(pgid, signal.SIGKILL)

@@ -1,0 +1,97 @@
+"""What a failing program's stderr says: the model's own frames, nothing else.
+
+The text becomes tokens of a trajectory, so it must be the same on every host:
+no path of the interpreter or of the scratch directory, no frame of the runner
+or of a library. The program's file is called `<tool>`.
+"""
+
+import io
+import linecache
+import os
+import sys
+import threading
+import traceback
+import warnings
+
+TOOL_FILE = "<tool>"
+
+_TracebackException = traceback.TracebackException
+
+
+def show_source(code: str) -> None:
+  """Lets tracebacks quote the program's lines."""
+  lines = code.splitlines(keepends=True)
+  linecache.cache[TOOL_FILE] = (len(code), None, lines, TOOL_FILE)
+
+
+class Reporter:
+  """Formats exceptions for one call; knows which paths to hide."""
+
+  def __init__(self, scratch: str, library_dirs: list[str]):
+    """Args: scratch, the call's directory; library_dirs, longest match wins."""
+    self._scratch = os.path.join(scratch, "")
+    dirs = sorted((d for d in library_dirs if d), key=len, reverse=True)
+    self._library_dirs = [os.path.join(d, "") for d in dirs]
+
+  def install(self) -> None:
+    """Makes all the interpreter's own reports go through this object."""
+    sys.excepthook = self._excepthook
+    threading.excepthook = lambda args: self.write(args.exc_value)
+    sys.unraisablehook = lambda args: self.write(args.exc_value)
+    warnings.formatwarning = self._format_warning
+
+  def text(self, error: BaseException) -> str:
+    """Returns the traceback of `error`, chained causes included."""
+    report = _TracebackException(type(error), error, error.__traceback__)
+    self._prune(report, 0)
+    return self.scrub("".join(report.format()))
+
+  def scrub(self, text: str) -> str:
+    """Returns `text` with paths of the scratch directory and libraries cut."""
+    text = text.replace(self._scratch, "")
+    for prefix in self._library_dirs:
+      text = text.replace(prefix, "")
+    return text
+
+  def write(self, error: BaseException | None) -> None:
+    """Writes the traceback of `error` to stderr."""
+    if error is None or isinstance(error, SystemExit):
+      return
+    stream = sys.stderr if sys.stderr is not None else io.StringIO()
+    stream.write(self.text(error))
+    stream.flush()
+
+  def _excepthook(self, kind, error, tb) -> None:
+    del kind, tb
+    self.write(error)
+
+  def _format_warning(self, message, category, filename, lineno, line=None):
+    del line
+    shown = self._shown(filename)
+    where = f"{shown}:{lineno}: " if shown is not None else ""
+    return self.scrub(f"{where}{category.__name__}: {message}\n")
+
+  def _shown(self, filename: str) -> str | None:
+    """The name a frame's file goes by, or None to hide the frame."""
+    if filename.startswith("<") and not filename.startswith("<frozen "):
+      return filename  # `<tool>`, and what it compiles by exec: `<string>`
+    if filename.startswith(self._scratch):
+      return filename[len(self._scratch) :]
+    return None
+
+  def _prune(self, report, depth: int) -> None:
+    if depth > 50:
+      return
+    stack = []
+    for frame in report.stack:
+      shown = self._shown(frame.filename)
+      if shown is not None:
+        frame.filename = shown
+        stack.append(frame)
+    # CPython prints no "Traceback" header above a bare SyntaxError.
+    report.stack = traceback.StackSummary.from_list(stack) if stack else None
+    below = [report.__cause__, report.__context__]
+    below.extend(getattr(report, "exceptions", None) or ())
+    for other in below:
+      if other is not None:
+        self._prune(other, depth + 1)

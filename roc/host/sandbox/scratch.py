@@ -1,0 +1,71 @@
+"""Removes what a program left behind, without trusting a bit of it.
+
+The tree may hold links to anywhere, directories without permissions, 10^5
+files, or a depth that no path can name. So: nothing is followed, nothing
+recurses, and a nested directory is first moved up beside its ancestor, which
+makes every path one component long.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+
+
+def empty_directory(root: str) -> int:
+  """Deletes everything in `root`, following no link; `root` itself stays.
+
+  Args:
+    root: a directory that only this process still writes to.
+
+  Returns:
+    How many entries could not be deleted (0 when `root` is empty now).
+  """
+  n_left = 0
+  n_moved = 0
+  root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    queue = os.listdir(root_fd)
+    while queue:
+      name = queue.pop()
+      try:
+        if not stat.S_ISDIR(os.lstat(name, dir_fd=root_fd).st_mode):
+          os.unlink(name, dir_fd=root_fd)
+          continue
+        # Moving a directory needs write permission on it, for its "..".
+        os.chmod(name, 0o700, dir_fd=root_fd)
+        moved, n_moved = _flatten(root_fd, name, n_moved)
+        queue.extend(moved)
+        os.rmdir(name, dir_fd=root_fd)
+      except OSError:
+        n_left += 1
+  finally:
+    os.close(root_fd)
+  return n_left
+
+
+def _flatten(root_fd: int, name: str, n_moved: int) -> tuple[list[str], int]:
+  """Unlinks the files of root/name and moves its directories into root."""
+  moved = []
+  flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+  fd = os.open(name, flags, dir_fd=root_fd)
+  try:
+    for entry in os.listdir(fd):
+      if stat.S_ISDIR(os.lstat(entry, dir_fd=fd).st_mode):
+        os.chmod(entry, 0o700, dir_fd=fd)
+        n_moved += 1
+        target = f".up.{os.getpid()}.{n_moved}"
+        os.rename(entry, target, src_dir_fd=fd, dst_dir_fd=root_fd)
+        moved.append(target)
+      else:
+        os.unlink(entry, dir_fd=fd)
+  finally:
+    os.close(fd)
+  return moved, n_moved
+
+
+def remove_directory(root: str) -> None:
+  """Deletes `root` and all in it; a missing one, or leftovers, are no error."""
+  with contextlib.suppress(OSError):
+    empty_directory(root)
+  shutil.rmtree(root, ignore_errors=True)
