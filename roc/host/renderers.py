@@ -4,6 +4,7 @@ No clock, path or process id may stand in it: the same call must always read the
 same. A renderer is a function of (call, result), and `RENDERERS` names them.
 """
 
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -21,6 +22,8 @@ class Result(Protocol):
   def stdout(self) -> str: ...
   @property
   def stderr(self) -> str: ...
+  @property
+  def error_type(self) -> str: ...
   @property
   def exit_code(self) -> int | None: ...
 
@@ -56,9 +59,19 @@ def render_compact(call: calls.ToolCall, result: Result | None) -> str:
   if status == layout.ToolStatus.EXIT:
     return f"Exit code {result.exit_code}"
   if status == layout.ToolStatus.ERROR:
-    lines = result.stderr.strip().splitlines()
-    return lines[-1].strip() if lines else "Error"
+    return _error_line(result)
   return _STATUS_WORDS[status]
+
+
+def _error_line(result: Result) -> str:
+  """`NameError: name 'prnt' is not defined`: the traceback's verdict."""
+  lines = [line.strip() for line in result.stderr.strip().splitlines()]
+  if not lines:
+    return result.error_type or "Error"
+  # A message of several lines: the first of them names the error.
+  verdict = re.compile(rf"(\w+\.)*{re.escape(result.error_type)}\b")
+  named = [line for line in lines if result.error_type and verdict.match(line)]
+  return named[-1] if named else lines[-1]
 
 
 def render_rstar(call: calls.ToolCall, result: Result | None) -> str:

@@ -1,0 +1,127 @@
+"""The toolbox: what runs, what is rejected at once, what the model reads."""
+
+from concurrent import futures
+
+import pytest
+
+from roc import layout
+from roc.host import calls, tools
+
+STATUS = layout.ToolStatus
+
+
+def _call(code: str) -> calls.ToolCall:
+  return calls.ToolCall("python", {"code": code}, "{}")
+
+
+def test_a_good_call_runs_with_its_seed_names(canned_sandbox, canned_result):
+  sandbox = canned_sandbox({"print(1)": canned_result(stdout="1\n")})
+  box = tools.Toolbox(sandbox)
+  done = box.submit(_call("print(1)"), trajectory=(3, 1), call_index=2)
+  outcome = done.result(timeout=5)
+  assert (outcome.status, outcome.text) == (STATUS.OK, "1")
+  assert sandbox.asked == [("print(1)", (3, 1), 2)]
+
+
+def test_a_malformed_call_never_reaches_the_sandbox(canned_sandbox):
+  sandbox = canned_sandbox()
+  done = tools.Toolbox(sandbox).submit(calls.read_call("{"))
+  assert done.done()
+  outcome = done.result()
+  assert outcome.status == STATUS.REJECTED
+  assert outcome.text == "Invalid call: bad JSON"
+  assert sandbox.asked == []
+
+
+def test_long_output_is_cut_in_the_middle(canned_sandbox, canned_result):
+  sandbox = canned_sandbox({"x": canned_result(stdout="a" * 500 + "z")})
+  box = tools.Toolbox(sandbox, max_chars=40)
+  text = box.submit(_call("x")).result(timeout=5).text
+  assert len(text) == 40
+  assert text.startswith("aaa") and text.endswith("z")
+
+
+def test_renderer_by_name_or_function(canned_sandbox, canned_result):
+  sandbox = canned_sandbox({"x": canned_result(stdout="5")})
+  by_name = tools.Toolbox(sandbox, renderer="rstar")
+  assert by_name.submit(_call("x")).result(timeout=5).text == (
+    "Tool call success\nstdout: 5"
+  )
+  own = tools.Toolbox(sandbox, renderer=lambda call, result: "!" + call.name)
+  assert own.submit(_call("x")).result(timeout=5).text == "!python"
+
+
+class _OneFuture:
+  def __init__(self, future):
+    self._future = future
+
+  def submit(self, code, *, trajectory="", call_index=0):
+    return self._future
+
+
+def test_the_sandboxs_exception_and_cancellation_reach_the_waiter():
+  broken = futures.Future()
+  broken.set_exception(OSError("gone"))
+  done = tools.Toolbox(_OneFuture(broken)).submit(_call("x"))
+  with pytest.raises(OSError, match="gone"):
+    done.result(timeout=5)
+  pending = futures.Future()
+  done = tools.Toolbox(_OneFuture(pending)).submit(_call("x"))
+  assert not done.done()
+  pending.cancel()
+  with pytest.raises(futures.CancelledError):
+    done.result(timeout=5)
+
+
+def test_a_renderers_bug_does_not_hang_the_waiter(canned_sandbox):
+  box = tools.Toolbox(canned_sandbox(), renderer=lambda call, result: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    box.submit(_call("x")).result(timeout=5)
+
+
+def test_bad_settings_are_errors(canned_sandbox):
+  with pytest.raises(ValueError, match="'loud' is unknown"):
+    tools.Toolbox(canned_sandbox(), renderer="loud")
+  with pytest.raises(ValueError, match="max_chars"):
+    tools.Toolbox(canned_sandbox(), max_chars=0)
+
+
+def test_schema_of_the_python_tool():
+  schema = tools.tool_schema(name="run")
+  assert schema == {
+    "type": "function",
+    "function": {
+      "name": "run",
+      "description": "Runs Python code in a fresh interpreter.",
+      "parameters": {
+        "type": "object",
+        "properties": {
+          "code": {
+            "type": "string",
+            "description": "a complete program; what it prints is the answer.",
+          }
+        },
+        "required": ["code"],
+      },
+    },
+  }
+  assert '"name": "run"' in tools.system_text([schema])
+
+
+def test_schema_types_defaults_and_missing_descriptions():
+  def good(n: int, flag: bool = False):
+    """Does it.
+
+    Args:
+      n: how many.
+      flag: whether.
+    """
+
+  def bad(n: int):
+    """Says nothing of its argument."""
+
+  parameters = tools.tool_schema(good)["function"]["parameters"]
+  assert parameters["required"] == ["n"]
+  assert parameters["properties"]["flag"]["type"] == "boolean"
+  with pytest.raises(ValueError, match="'n' needs a type"):
+    tools.tool_schema(bad)
