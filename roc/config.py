@@ -88,6 +88,13 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """The comparison of arms."""
+
+  seeds: int = 3  # runs of each arm
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When everything is saved."""
 
@@ -128,6 +135,7 @@ class Config:
   train: TrainConfig = TrainConfig()
   sft: SftConfig = SftConfig()
   eval: EvalConfig = EvalConfig()
+  compare: CompareConfig = CompareConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   host: HostConfig = HostConfig()
@@ -158,6 +166,9 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   resolved = _build(Config, config.to_dict(), "")
   config_checks.check(resolved)
   return resolved
+
+
+check_devices = config_checks.check_devices
 
 
 def to_json(config: Config) -> str:
@@ -199,7 +210,7 @@ def help_texts() -> dict[str, str]:
 
 # These change how often something is saved or shown, or where, and nothing
 # that a run computes.
-_NOT_IDENTITY = ("checkpoint.", "log.", "eval.every")
+_NOT_IDENTITY = ("checkpoint.", "log.", "eval.every", "compare.", "host.")
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {
   "sft": ("train.", "loss.", "filter.", "init_from"),
@@ -221,7 +232,7 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
   Returns:
     Flat `{"section.name": value}`, JSON-able.
   """
-  left_out = (*_NOT_IDENTITY, "host.", *_NOT_READ_BY.get(program, ()))
+  left_out = (*_NOT_IDENTITY, *_NOT_READ_BY.get(program, ()))
   flat = {
     key: list(value) if isinstance(value, tuple) else value
     for key, value in flatten(config).items()

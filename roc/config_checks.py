@@ -62,7 +62,13 @@ def _check_ranges(c: "config_lib.Config") -> None:
     *("loss.logprob_chunk", "train.steps", "train.prompts"),
     *("train.minibatches", "sft.n_demos", "sft.steps", "sft.rows"),
     *("eval.n_problems", "eval.samples", "checkpoint.every"),
-    *("checkpoint.keep", "model.n_layers", "model.d_model", "model.d_ff"),
+    *(
+      "checkpoint.keep",
+      "compare.seeds",
+      "model.n_layers",
+      "model.d_model",
+      "model.d_ff",
+    ),
     *("model.n_heads", "model.n_kv_heads"),
   )
   _at_least(

@@ -24,10 +24,9 @@ import gin
 
 from roc import errors
 from roc.host import chat as chat_lib
-from roc.host import rewards
+from roc.host import rewards, tools
 from roc.host import sandbox as sandbox_lib
 from roc.host import tokenizer as tokenizer_lib
-from roc.host import tools
 from roc.host.tasks import arithmetic, demonstrations, jsonl, problem
 
 _SCOPES = ("", "train", "eval")

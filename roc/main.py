@@ -1,0 +1,230 @@
+"""One entry point: `python -m roc.main COMMAND [--flags]`.
+
+Reads the command line, resolves the configuration, and calls the command's
+program: `run(cfg, workdir)` in the module of its name. Whatever a user can get
+wrong ends here as one sentence and exit code 2; programs are imported only when
+they run, so that `--help` is quick.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import shlex
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+
+from roc import cli, errors
+
+if typing.TYPE_CHECKING:
+  from roc import config as config_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """A program and what `--help` says of it."""
+
+  summary: str
+  about: str
+  example: str
+  config: cli.Source = "needed"
+
+
+COMMANDS = {
+  "sft": Command(
+    "teach a new model the format on scripted demonstrations",
+    "Runs demonstrations through the real sandbox and trains a fresh model on"
+    " them. Start it again to go on from the last checkpoint.",
+    "sft --config=experiments/quickstart.py --workdir=runs/quickstart/sft",
+  ),
+  "train": Command(
+    "reinforcement learning with resample on correct",
+    "Draws rollouts that call the tool, keeps the ones worth learning from and"
+    " updates the policy. Start it again to go on from the last checkpoint.",
+    "train --config=experiments/quickstart.py --workdir=runs/quickstart"
+    " --config.init_from=runs/quickstart/sft",
+  ),
+  "evaluate": Command(
+    "accuracy of a checkpoint on held-out problems",
+    "Evaluates the newest checkpoint of a workdir, with the tool and without.",
+    "evaluate --workdir=runs/quickstart --config.eval.n_problems=512",
+    "saved",
+  ),
+  "report": Command(
+    "write report.html and print the table of a finished or running run",
+    "Reads the metrics and traces of a workdir and writes one page that needs"
+    " nothing else.",
+    "report --workdir=runs/quickstart",
+    "none",
+  ),
+  "compare": Command(
+    "train plain GRPO, a random filter and both RoC filters over seeds",
+    "Trains each arm and seed from one supervised policy and draws them"
+    " together; what is finished already is not trained again.",
+    "compare --config=experiments/roc_vs_grpo.py --workdir=runs/comparison",
+  ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command line and returns the exit code.
+
+  Args:
+    argv: what follows the program's name; by default the process's own.
+
+  Returns:
+    0 done, 2 the user's error (one sentence on stderr), 130 interrupted.
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return _dispatch(argv)
+  except errors.UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    again = shlex.join(["python", "-m", "roc.main", *argv])
+    print(
+      "\ninterrupted; to go on from the last checkpoint, run the same command"
+      f" again: {again}",
+      file=sys.stderr,
+    )
+    return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+  if not argv or argv[0] in ("--help", "-h", "help", "--helpfull"):
+    print(_overview())
+    return 0 if argv else 2
+  name, *rest = argv
+  if name not in COMMANDS:
+    if name.startswith("-"):
+      raise errors.UserError(
+        f"the command comes before its flags, as in `python -m roc.main train"
+        f" {name}`; `python -m roc.main --help` lists the commands"
+      )
+    raise errors.UserError(
+      f"there is no command {name}{errors.closest(name, COMMANDS)};"
+      " `python -m roc.main --help` lists them"
+    )
+  command = COMMANDS[name]
+  if any(arg in ("--help", "-h", "--helpfull") for arg in rest):
+    print(_help(name, command))
+    return 0
+  values, config = cli.parse(name, rest, command.config)
+  if values.dry_run:
+    print(_dry_run(config, name), end="")
+    return 0
+  _run(name, command, config, values)
+  return 0
+
+
+def _run(
+  name: str,
+  command: Command,
+  config: "config_lib.Config | None",
+  values: flags.FlagValues,
+) -> None:
+  if not values.workdir:
+    raise errors.UserError(
+      f"{name} needs a directory to work in, as in --workdir=runs/mine"
+    )
+  workdir = pathlib.Path(values.workdir)
+  if command.config != "needed" and not workdir.is_dir():
+    raise errors.UserError(
+      f"workdir {workdir} does not exist; give the --workdir of a run"
+    )
+  program = _program(name)
+  if values.allow_config_change:
+    from roc import runlog
+
+    runlog.forget_config(workdir)
+  try:
+    program.run(config, workdir)
+  except RuntimeError as e:
+    from roc.host import sandbox
+
+    if isinstance(e, sandbox.SandboxError):
+      raise errors.UserError(str(e)) from e
+    raise
+
+
+def _program(name: str) -> ModuleType:
+  try:
+    return importlib.import_module(f"roc.{name}")
+  except ModuleNotFoundError as e:
+    # An accelerator's image may lack what the lock file has.
+    if e.name == f"roc.{name}":
+      raise
+    raise errors.UserError(
+      f"{name} needs the package {e.name}, which is not installed; run"
+      " `make setup` or `pip install -r requirements.txt`"
+    ) from e
+
+
+def _dry_run(config: Any, name: str) -> str:
+  if config is None:
+    return f"{name} has no configuration\n"
+  from roc import config as config_lib
+  from roc import wiring
+
+  texts = config_lib.help_texts()
+  shown = [
+    f"{f'config.{key} = {value!r}':<40}  # {texts[key]}".rstrip(" #")
+    for key, value in config_lib.flatten(config).items()
+  ]
+  host = wiring.build_host(
+    config.host.gin_files, config.host.gin_bindings, seed=config.seed
+  )
+  return "\n".join([*shown, "", host.gin_text.rstrip(), ""])
+
+
+# ---------------------------------------------------------------------- help
+
+
+def _overview() -> str:
+  width = max(map(len, COMMANDS))
+  lines = [f"  {n:<{width}}  {c.summary}" for n, c in COMMANDS.items()]
+  return "\n".join(
+    [
+      "usage: python -m roc.main COMMAND [--flags]",
+      "",
+      *lines,
+      "",
+      "`python -m roc.main COMMAND --help` shows a command's flags.",
+    ]
+  )
+
+
+def _help(name: str, command: Command) -> str:
+  shown = {
+    "--config=FILE.py[:VARIANT]": "the experiment, such as"
+    " experiments/quickstart.py or experiments/quickstart.py:tiny",
+    "--config.SECTION.NAME=VALUE": "another value for one setting; --dry_run"
+    " lists them with their meaning",
+  }
+  if command.config == "saved":
+    shown["--config=FILE.py[:VARIANT]"] += "; by default the workdir's own"
+  if command.config == "none":
+    shown = {}
+  values = cli.define_flags()
+  for flag in sorted(values):
+    if command.config == "none" and flag != "workdir":
+      continue
+    text = "--workdir=DIRECTORY" if flag == "workdir" else f"--{flag}"
+    shown[text] = values[flag].help
+  lines = [f"usage: python -m roc.main {name} [--flags]", ""]
+  lines += [*textwrap.wrap(command.about, 78), "", "flags:"]
+  for flag, text in shown.items():
+    lines.append(f"  {flag}")
+    lines += [" " * 6 + line for line in textwrap.wrap(text, 72)]
+  lines += ["", "example:", f"  python -m roc.main {command.example}"]
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
