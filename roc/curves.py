@@ -12,6 +12,7 @@ from roc import errors, plots
 
 Row = dict[str, Any]
 
+ACCURACY = "eval/heldout/accuracy"
 PHASES = ("generate", "tools", "score", "update")
 
 
@@ -83,6 +84,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     and not isinstance(value, bool)
     and math.isfinite(value)
   )
+
+
+def evaluations(rows: Sequence[Row]) -> list[Row]:
+  """Returns the rows on which held-out problems were evaluated."""
+  return [row for row in rows if is_number(row.get(ACCURACY))]
 
 
 # ------------------------------------------------------------------- drawing

@@ -21,7 +21,7 @@ from roc import curves, errors, gallery, plots
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
-ACCURACY = "eval/heldout/accuracy"
+ACCURACY = curves.ACCURACY
 HEAD = "eval/head/accuracy"
 FAILING = "eval/heldout/failure_frequency_correct"
 
@@ -86,7 +86,8 @@ def run(cfg: object, workdir: pathlib.Path) -> None:
     console.print(_rich_table(table))
   for target in targets:
     console.print(
-      f"{target.verdict:>8}  {target.name}: {target.figure} (goal: {target.goal})",
+      f"{target.verdict:>8}  {target.name}: {target.figure}"
+      f" (goal: {target.goal})",
       markup=False,
       soft_wrap=True,
     )
@@ -150,11 +151,6 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ headline
 
 
-def evaluations(rows: Sequence[curves.Row]) -> list[curves.Row]:
-  """Returns the rows on which held-out problems were evaluated."""
-  return [row for row in rows if curves.is_number(row.get(ACCURACY))]
-
-
 def headline_table(
   rows: Sequence[curves.Row], config: Mapping[str, Any]
 ) -> Table:
@@ -167,7 +163,7 @@ def headline_table(
   Returns:
     Up to three columns of figures; no rows if nothing was evaluated yet.
   """
-  evaluated = evaluations(rows)
+  evaluated = curves.evaluations(rows)
   if not evaluated:
     return Table([], [], "")
   end = len(evaluated) - 1
@@ -203,7 +199,7 @@ def headline_targets(rows: Sequence[curves.Row]) -> list[Target]:
   Returns:
     A target for each figure that was measured before and after training.
   """
-  evaluated = evaluations(rows)
+  evaluated = curves.evaluations(rows)
   if len(evaluated) < 2:
     return []
   first, last = evaluated[0], evaluated[-1]
@@ -241,7 +237,7 @@ def _cleanup(before: float, after: float) -> Target:
     "failing calls in correct rollouts",
     figure,
     f"down at least {MIN_CLEANUP:.0f}-fold",
-    before > 0 and after * MIN_CLEANUP <= before,
+    0 < before >= MIN_CLEANUP * after - 1e-9,
   )
 
 

@@ -1,0 +1,122 @@
+import json
+
+import pytest
+
+from roc import curves, errors, report
+from tests import runs
+
+
+def _rows(*evaluations):
+  names = (report.ACCURACY, report.FAILING, report.HEAD)
+  return [
+    {"step": 10 * i} | dict(zip(names, values, strict=True))
+    for i, values in enumerate(evaluations)
+  ]
+
+
+def test_report_is_written_and_printed(tmp_path, capsys):
+  runs.write_metrics(tmp_path)
+  (tmp_path / "config.json").write_text(
+    json.dumps(
+      {
+        "seed": 3,
+        "filter": {"mode": "sort", "n_drawn": 16, "n_kept": 8},
+        "eval": {"n_problems": 100, "samples": 1},
+      }
+    )
+  )
+  runs.write_traces(tmp_path, 1, [runs.trace(0)])
+  report.run(None, tmp_path)
+  printed = capsys.readouterr().out
+  assert "accuracy with the tool" in printed
+  assert "met  failing calls in correct rollouts: 30.0 %" in printed
+  assert printed.rstrip().endswith("report.html")
+  page = (tmp_path / "report.html").read_text()
+  assert "filter sort, 16 drawn, 8 kept · 20 steps" in page
+  assert "5,120 rollouts drawn · seed 3" in page
+  assert "Held-out accuracy" in page
+  assert "57.0 % ± 9.5" in page
+  assert page.count("<details") == 1
+  assert "://" not in page.replace("http://www.w3.org/", "")
+  assert not (tmp_path / "report.html.part").exists()
+
+
+def test_what_a_model_or_tool_wrote_is_escaped(tmp_path):
+  runs.write_metrics(tmp_path)
+  evil = "<script>alert(1)</script>"
+  line = runs.trace(0, question=evil, gold=evil, why=evil, answer=evil)
+  line["messages"] = [
+    {"role": role, "text": evil} for role in ("prompt", "model", "tool", evil)
+  ]
+  line["tool_records"] = [{"status": evil}]
+  runs.write_traces(tmp_path, 1, [line])
+  report.write(tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  assert evil not in page
+  assert page.count("&lt;script&gt;") >= 8
+
+
+def test_missing_pieces_are_left_out(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+  _, table, targets, timing = report.write(tmp_path)
+  assert (table.rows, targets, timing) == ([], [], "")
+  page = (tmp_path / "report.html").read_text()
+  assert "holds no trajectories" in page
+  assert "Reward in training" in page
+
+
+def test_no_workdir_is_one_sentence(tmp_path):
+  with pytest.raises(errors.UserError, match=r"no metrics.jsonl .*absent"):
+    report.run(None, tmp_path / "absent")
+
+
+def test_table_shows_before_early_and_last():
+  rows = _rows((0.6, 0.3, 0.0), (0.7, 0.2, 0.0), (0.8, 0.1, 0.0), (0.9, 0, 1))
+  table = report.headline_table(rows, {})
+  assert table.columns == [
+    "held-out problems",
+    "before RL",
+    "step 10",
+    "last, step 30",
+  ]
+  assert table.rows[0] == [
+    "accuracy with the tool",
+    "60.0 %",
+    "70.0 %",
+    "90.0 %",
+  ]
+  for n in (1, 2):
+    assert len(report.headline_table(rows[:n], {}).columns) == n + 1
+
+
+@pytest.mark.parametrize(
+  ("before", "after", "verdicts"),
+  [
+    ((0.60, 0.30, 0.0), (0.80, 0.10, 0.049), (True, True, True)),
+    ((0.60, 0.30, 0.0), (0.70, 0.11, 0.05), (False, False, False)),
+    ((0.90, 0.30, 0.0), (0.96, 0.0, 0.0), (True, True, True)),
+    ((0.90, 0.0, 0.0), (0.96, 0.0, 0.0), (True, False, True)),
+  ],
+)
+def test_targets(before, after, verdicts):
+  targets = report.headline_targets(_rows(before, after))
+  assert tuple(target.is_met for target in targets) == verdicts
+
+
+def test_targets_need_two_evaluations_and_numbers():
+  assert report.headline_targets(_rows((0.6, 0.3, 0.0))) == []
+  nan = float("nan")
+  targets = report.headline_targets(_rows((0.6, nan, nan), (0.9, 0.1, nan)))
+  assert [t.name for t in targets] == ["accuracy with the tool"]
+
+
+def test_half_width_is_wilsons():
+  # 50 of 100: (0.4038, 0.5962); 0 of 100: (0, 0.0370).
+  assert report.half_width(0.5, 100) == pytest.approx(0.0962, abs=1e-4)
+  assert report.half_width(0.0, 100) == pytest.approx(0.0185, abs=1e-4)
+
+
+def test_evaluation_rows_are_those_with_an_accuracy(tmp_path):
+  runs.write_metrics(tmp_path, n_steps=20, every=10)
+  rows = curves.read(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in curves.evaluations(rows)] == [0, 10, 20]
