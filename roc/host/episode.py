@@ -171,7 +171,7 @@ class Episode:
     self._append(ids, roles, [0.0] * len(ids))
 
   def record_turn(self, turn: calls.ParsedTurn) -> None:
-    """Counts a finished turn of the model and keeps its answers."""
+    """Counts a turn of the model, one cut short included; keeps its answers."""
     self.n_turns += 1
     self.answers.extend(turn.answers)
     self.has_void_turn = self.has_void_turn or turn.is_void

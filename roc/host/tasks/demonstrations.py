@@ -81,6 +81,8 @@ CLEAN = MessRates(
 )
 
 _PREVIOUS = "{p}"
+# Demonstrations under way at once; each has at most one call in the queue.
+_BLOCK = 4096
 _MISSPELT = ("prnt", "pritn", "Print", "printf")
 _UNSET = ("total", "value", "result")
 _WORDS = ("Done.", "I do not know.")
@@ -227,8 +229,8 @@ def run_demonstrations(
 ) -> list[episode_lib.Episode]:
   """Runs scripts and writes them down as episodes.
 
-  All demonstrations advance together, one turn a wave, so that the sandbox
-  always has many calls to run.
+  A block of demonstrations advances together, one turn a wave, so that the
+  sandbox always has many calls to run and its queue never overflows.
 
   Args:
     demonstrations: scripts, in the order of the result.
@@ -245,15 +247,16 @@ def run_demonstrations(
   runs = [_Run(demo, chat, toolbox, i) for i, demo in enumerate(demonstrations)]
   n_total = sum(len(demo.turns) for demo in demonstrations)
   n_done = 0
-  waiting = runs
-  while waiting:
-    started = [run.advance() for run in waiting]
-    for run, calls in zip(waiting, started, strict=True):
-      run.read([call.result() for call in calls])
-      n_done += 1
-      if progress is not None:
-        progress(n_done, n_total)
-    waiting = [run for run in waiting if not run.is_done]
+  for start in range(0, len(runs), _BLOCK):
+    waiting = runs[start : start + _BLOCK]
+    while waiting:
+      started = [run.advance() for run in waiting]
+      for run, running in zip(waiting, started, strict=True):
+        run.read([future.result() for future in running])
+        n_done += 1
+        if progress is not None:
+          progress(n_done, n_total)
+      waiting = [run for run in waiting if not run.is_done]
   return [run.episode for run in runs]
 
 
