@@ -212,7 +212,7 @@ class Policy:
     self.abstract_params: Params = nnx.to_pure_dict(state)
 
   def init(self, key: jax.Array) -> Params:
-    """Fresh parameters in float32; consumes `key`. Jit it with out_shardings."""
+    """Fresh float32 parameters; consumes `key`. Jit with out_shardings."""
     module = Transformer(self.config, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 

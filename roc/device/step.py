@@ -144,10 +144,8 @@ def grpo_loss(
       policy, params, batch, chunk=c.logprob_chunk, temperature=temperature
     )
     is_model_BT = batch["roles_BT"] == layout.Role.MODEL
-    logp_old_BT, logp_sampler_BT = (
-      batch["logp_old_BT"],
-      batch["logp_sampler_BT"],
-    )
+    logp_old_BT = batch["logp_old_BT"]
+    logp_sampler_BT = batch["logp_sampler_BT"]
     loss_BT, stats = surrogate(
       logp_BT, logp_old_BT, batch["advantage_B"], is_model_BT
     )
@@ -168,7 +166,7 @@ def grpo_loss(
     )
     loss = jnp.sum(weight_BT * loss_BT)
     stats |= {
-      "loss": metrics.Mean(loss, jnp.float32(0)),
+      "loss": metrics.Mean(loss, jnp.sum(batch["weight_BT"])),
       "entropy": metrics.mean(entropy_BT, is_model_BT),
       "mismatch_kl": corrections.mismatch_kl(
         logp_BT, logp_sampler_BT, is_model_BT
@@ -283,9 +281,5 @@ class Learner:
       grads, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    one = jnp.float32(1)
-    stats["loss"] = metrics.Mean(
-      stats["loss"].num, jnp.maximum(stats["loss"].den, one)
-    )
-    stats["grad_norm"] = metrics.Mean(optax.global_norm(grads), one)
+    stats["grad_norm"] = metrics.Mean(optax.global_norm(grads), jnp.float32(1))
     return TrainState(params, opt_state, state.step + 1), stats

@@ -1,0 +1,134 @@
+"""From a `Config` to what runs it: policy, mesh, engine, agent loop."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from roc import config as config_lib
+from roc import config_checks, errors, rollout, wiring
+from roc.device import checkpoint, engine, model, sampling, sharding
+from roc.host import tools
+from roc.host.sandbox import contract
+from roc.host.tasks import problem as problem_lib
+
+
+def host_parts(cfg: config_lib.Config) -> wiring.HostParts:
+  """The host side that the config's gin files and bindings describe."""
+  return wiring.build_host(
+    cfg.host.gin_files, cfg.host.gin_bindings, seed=cfg.seed
+  )
+
+
+def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
+  """The policy, its vocabulary taken from the tokenizer where it says 0.
+
+  Raises:
+    errors.UserError: a vocabulary smaller than the tokenizer's.
+  """
+  n_tokens = host.tokenizer.vocab_size
+  size = cfg.model.vocab_size or n_tokens
+  if size < n_tokens:
+    raise errors.UserError(
+      f"config.model.vocab_size is {size} and the tokenizer has {n_tokens} "
+      "tokens; set it to 0 to follow the tokenizer"
+    )
+  return model.Policy(dataclasses.replace(cfg.model, vocab_size=size))
+
+
+def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:
+  """The mesh of `config.mesh` over this machine's devices."""
+  config_checks.check_devices(cfg, len(jax.devices()))
+  return sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+
+
+def make_loop(
+  policy: model.Policy,
+  settings: sampling.SamplingConfig,
+  host: wiring.HostParts,
+  toolbox: tools.Toolbox,
+) -> rollout.AgentLoop:
+  """An agent loop with an engine of its own."""
+  limits = rollout.Limits(
+    settings.max_turns, settings.max_tokens, settings.max_calls
+  )
+  sampler = engine.Engine(policy, settings, host.chat.stop_ids)
+  return rollout.AgentLoop(sampler, host.chat, toolbox, limits)
+
+
+@contextlib.contextmanager
+def started_sandbox(host: wiring.HostParts) -> Iterator[Any]:
+  """The sandbox, running until the block ends.
+
+  Raises:
+    errors.UserError: it cannot start; says why.
+  """
+  try:
+    sandbox = host.make_sandbox().__enter__()
+  except contract.SandboxError as e:
+    raise errors.UserError(f"the sandbox cannot start: {e}") from e
+  try:
+    yield sandbox
+  finally:
+    sandbox.close()
+
+
+def load_params(source: str, abstract_params: Any) -> tuple[Any, str]:
+  """Parameters of the newest whole checkpoint of a run.
+
+  Args:
+    source: a workdir, or the `checkpoints` directory in it.
+    abstract_params: shapes, dtypes and shardings to restore to.
+
+  Returns:
+    The parameters and a line that says where they came from.
+
+  Raises:
+    errors.UserError: there is no whole checkpoint, or one of another model.
+  """
+  path = pathlib.Path(source)
+  inner = path / "checkpoints"
+  directory = inner if inner.is_dir() else path
+  checkpoints = checkpoint.Checkpoints(directory)
+  restored = checkpoints.restore({"params": abstract_params}, is_partial=True)
+  if restored is None:
+    raise errors.UserError(
+      f"no checkpoint under {source}; train one first, or point "
+      "config.init_from (for evaluate: --workdir) at a run's directory"
+    )
+  notes = "; ".join(restored.notes)
+  where = f"parameters from {checkpoints.path(restored.step)}"
+  return restored.state["params"], where + (f" ({notes})" if notes else "")
+
+
+def abstract_params(policy: model.Policy, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes, dtypes and shardings of the parameters on a mesh."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    policy.abstract_params,
+    sharding.param_shardings(mesh, policy.abstract_params),
+  )
+
+
+def check_prompts(
+  loop: rollout.AgentLoop,
+  problems: Sequence[problem_lib.Problem],
+  cache_length: int,
+) -> None:
+  """Refuses problems whose prompt and budget cannot fit a slot.
+
+  Raises:
+    errors.UserError: names the first such problem.
+  """
+  for p in problems:
+    n = len(loop.chat.prompt_ids(p.question, loop.system))
+    if n + loop.limits.max_tokens > cache_length:
+      raise errors.UserError(
+        f"problem {p.id!r} has a prompt of {n} tokens, which with "
+        f"config.sampling.max_tokens={loop.limits.max_tokens} exceeds "
+        f"config.sampling.cache_length={cache_length}; raise cache_length or "
+        "leave the problem out"
+      )

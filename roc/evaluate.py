@@ -1,0 +1,188 @@
+"""Accuracy on held-out problems, with the tool and in the head.
+
+As a program it evaluates the newest checkpoint of a workdir; `train` uses the
+`Evaluator` between its steps. Every evaluation draws with the same random
+streams, so two policies are compared on the same problems and the same noise.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+from roc import build, layout, rollout, wiring
+from roc import config as config_lib
+from roc import progress as progress_lib
+from roc.device import engine, model
+from roc.host import episode as episode_lib
+from roc.host import rewards, tools
+
+# Steps count up from 0, so this stream of random numbers is nobody else's.
+_EVAL_STEP = 2**31 - 1
+
+
+class Evaluator:
+  """Draws held-out rollouts for given parameters and summarises them."""
+
+  def __init__(
+    self,
+    cfg: config_lib.Config,
+    policy: model.Policy,
+    host: wiring.HostParts,
+    toolbox: tools.Toolbox,
+    loop: rollout.AgentLoop | None = None,
+  ):
+    """Builds engines; `loop` is shared when it samples as evaluation does.
+
+    Raises:
+      errors.UserError: a held-out problem's prompt does not fit.
+    """
+    self._cfg = cfg
+    settings = dataclasses.replace(
+      cfg.sampling, temperature=cfg.eval.temperature
+    )
+    if loop is None or settings != cfg.sampling:
+      loop = build.make_loop(policy, settings, host, toolbox)
+    self._loop = loop
+    self._problems = host.eval_task.problems(0, cfg.eval.n_problems)
+    build.check_prompts(loop, self._problems, settings.cache_length)
+    self._head = None
+    if cfg.eval.head:
+      greedy = dataclasses.replace(settings, temperature=0.0)
+      self._head = engine.Engine(policy, greedy, host.chat.stop_ids)
+
+  def run(
+    self,
+    params: Any,
+    *,
+    on_finished: Callable[[int, int], None] | None = None,
+  ) -> tuple[dict[str, float], list[list[episode_lib.Episode]]]:
+    """Evaluates parameters.
+
+    Returns:
+      Metrics `eval/...` and the episodes, one list for each problem.
+    """
+    e = self._cfg.eval
+    self._loop.sampler.set_params(params)
+    groups, _ = self._loop.run(
+      self._problems,
+      e.samples,
+      seed=self._cfg.seed,
+      step=_EVAL_STEP,
+      on_finished=on_finished,
+    )
+    row = {f"eval/heldout/{k}": v for k, v in summarise(groups).items()}
+    if self._head is not None:
+      self._head.set_params(params)
+      texts = rollout.draw_from_head(
+        self._head, self._loop.chat, self._problems, seed=self._cfg.seed
+      )
+      right = [
+        rewards.is_equal(text, p.answer)
+        for text, p in zip(texts, self._problems, strict=True)
+      ]
+      row["eval/head/accuracy"] = float(np.mean(right))
+    return row, groups
+
+
+def summarise(
+  groups: Sequence[Sequence[episode_lib.Episode]],
+) -> dict[str, float]:
+  """Accuracy, its standard error, and how the rollouts went.
+
+  Rollouts of outcome VOID are outside. With k > 1 samples a problem, also
+  avg@k and the unbiased pass@j for powers of two (arXiv 2107.03374).
+
+  Args:
+    groups: finished rollouts, one list for each problem.
+
+  Returns:
+    Plain numbers; a share of nothing (failing calls of correct rollouts, when
+    none is correct) is left out.
+  """
+  live = [e for g in groups for e in g if e.outcome != layout.Outcome.VOID]
+  n_void = sum(len(g) for g in groups) - len(live)
+  is_correct = np.array([e.outcome == layout.Outcome.CORRECT for e in live])
+  means = [
+    np.mean([e.outcome == layout.Outcome.CORRECT for e in g])
+    for g in groups
+    if g
+  ]
+  row = {
+    "accuracy": float(np.mean(is_correct)) if live else math.nan,
+    "accuracy_stderr": float(np.std(means) / math.sqrt(max(len(means), 1))),
+    "n_problems": float(len(groups)),
+    "void": float(n_void),
+  }
+  for name, subset in (
+    ("correct", [e for e, ok in zip(live, is_correct, strict=True) if ok]),
+    ("wrong", [e for e, ok in zip(live, is_correct, strict=True) if not ok]),
+  ):
+    n_calls = sum(e.n_judged_calls for e in subset)
+    if n_calls:
+      n_failed = sum(e.n_failed_calls for e in subset)
+      row[f"failure_frequency_{name}"] = n_failed / n_calls
+  if live:
+    row |= {
+      "call_frequency": float(np.mean([e.n_judged_calls for e in live])),
+      "num_turns": float(np.mean([e.n_turns for e in live])),
+      "mean_length": float(
+        np.mean([len(e) - e.roles.count(layout.Role.PROMPT) for e in live])
+      ),
+      "one_answer": float(np.mean([e.n_answers == 1 for e in live])),
+      "truncated": float(np.mean([e.is_truncated for e in live])),
+    }
+  k = min((len(g) for g in groups), default=0)
+  if k > 1:
+    row[f"avg@{k}"] = row["accuracy"]
+    row |= {f"pass@{j}": pass_at(groups, j) for j in _powers_of_two(k)}
+  return row
+
+
+def pass_at(groups: Sequence[Sequence[episode_lib.Episode]], k: int) -> float:
+  """Mean over problems of 1 - C(n - c, k) / C(n, k), c correct of n."""
+  shares = []
+  for g in groups:
+    n, c = len(g), sum(e.outcome == layout.Outcome.CORRECT for e in g)
+    shares.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
+  return float(np.mean(shares))
+
+
+def _powers_of_two(n: int) -> list[int]:
+  return [2**i for i in range(n.bit_length()) if 2**i <= n]
+
+
+def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Evaluates the newest checkpoint under `workdir` and writes eval.json.
+
+  Raises:
+    errors.UserError: no checkpoint there, or one of another model.
+  """
+  host = build.host_parts(cfg)
+  policy = build.make_policy(cfg, host)
+  abstract = build.abstract_params(policy, build.make_mesh(cfg))
+  params, where = build.load_params(str(workdir), abstract)
+  console = rich.console.Console(highlight=False)
+  console.print(where, markup=False)
+  n_all = cfg.eval.n_problems * cfg.eval.samples
+  with (
+    build.started_sandbox(host) as sandbox,
+    progress_lib.Progress("evaluate", n_all, is_shown=cfg.log.progress) as bar,
+  ):
+    evaluator = Evaluator(cfg, policy, host, host.make_toolbox(sandbox))
+    row, groups = evaluator.run(params, on_finished=lambda n, _: bar.update(n))
+  (workdir / "eval.json").write_text(json.dumps(row, indent=1) + "\n")
+  with (workdir / "eval_rollouts.jsonl").open("w") as out:
+    for e in (e for g in groups for e in g):
+      out.write(e.to_json(host.tokenizer) + "\n")
+  table = rich.table.Table("metric", "value")
+  for name, value in row.items():
+    table.add_row(name, f"{value:.4g}")
+  console.print(table)
+  console.print(f"written: {workdir / 'eval.json'}", markup=False)

@@ -1,0 +1,77 @@
+"""Trace files: every rollout of a step, and what the filter made of it."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from roc import layout
+from roc.host import episode as episode_lib
+from roc.host import tokenizer as tokenizer_lib
+
+
+def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Where the rollouts of a step lie."""
+  return workdir / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+def annotate(
+  groups: Sequence[Sequence[episode_lib.Episode]],
+  *,
+  keep_NO: np.ndarray,
+  is_live_NO: np.ndarray,
+  advantage_NO: np.ndarray,
+  p_err_NO: np.ndarray,
+  p_format_NO: np.ndarray,
+) -> None:
+  """Writes the filter's decision and its reason into the episodes.
+
+  Args:
+    groups: N groups; an episode's column is its rollout id.
+    keep_NO: bool, chosen by the resampler.
+    is_live_NO: bool, kept and in the loss.
+    advantage_NO: float.
+    p_err_NO: float, share of failed calls (0.5 without any).
+    p_format_NO: float, format penalty.
+  """
+  for n, group in enumerate(groups):
+    for e in group:
+      at = n, e.rollout_id
+      e.kept = bool(is_live_NO[at])
+      e.advantage = float(advantage_NO[at])
+      e.p_err, e.p_format = float(p_err_NO[at]), float(p_format_NO[at])
+      e.p_total = e.p_err + e.p_format
+      e.why = _reason(e, bool(keep_NO[at]), e.kept, bool(keep_NO[n].any()))
+
+
+def _reason(
+  e: episode_lib.Episode, is_chosen: bool, is_live: bool, has_group: bool
+) -> str:
+  if e.outcome == layout.Outcome.VOID:
+    return "outside: the environment failed"
+  if not has_group:
+    return "dropped: too few rollouts of the group are left"
+  is_correct = e.outcome == layout.Outcome.CORRECT
+  what = f"correct, p {e.p_total:.2f}" if is_correct else "wrong"
+  if is_live:
+    return f"kept: {what}"
+  if is_chosen:
+    return f"dropped: {what}, but a row filter left it out"
+  if is_correct:
+    return f"dropped: {what}, others were cleaner or were drawn"
+  return "dropped: wrong, not in the sample of wrong ones"
+
+
+def write(
+  path: pathlib.Path,
+  groups: Sequence[Sequence[episode_lib.Episode]],
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
+  """Writes all episodes, one a line; a file is whole or is not there."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix(".unfinished")
+  with partial.open("w", encoding="utf-8") as out:
+    for group in groups:
+      for e in group:
+        out.write(e.to_json(tokenizer) + "\n")
+  partial.replace(path)

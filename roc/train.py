@@ -1,0 +1,292 @@
+"""GRPO with resample on correct, from rollouts to update, step by step.
+
+A step draws O rollouts for each of N problems with the policy and the Python
+tool, keeps G of each group, and makes one or more updates on the rows that
+remain. Everything random is a function of (seed, step, problem, rollout), and a
+checkpoint holds all that a step changes, so a run that is killed at any moment
+and started again continues as if nothing had happened.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+
+from roc import build, evaluate, runlog, wiring
+from roc import config as config_lib
+from roc import progress as progress_lib
+from roc.core import metrics
+from roc.core import trajectories as trajectories_lib
+from roc.device import checkpoint, optim, selection
+from roc.device import step as step_lib
+from roc.host import episode as episode_lib
+from roc.host import pack, tools, traces
+
+# Salt of the filter's random stream, apart from those of sampling.
+_FILTER_STREAM = 1
+
+
+@dataclasses.dataclass
+class Cursor:
+  """What a run counts besides the policy; saved with every checkpoint."""
+
+  next_problem: int = 0
+  rollouts_drawn: int = 0
+  tokens_sampled: int = 0
+
+
+class Trainer:
+  """The parts of a run and what one step does with them."""
+
+  def __init__(
+    self,
+    cfg: config_lib.Config,
+    host: wiring.HostParts,
+    toolbox: tools.Toolbox,
+    policy: Any,
+    learner: step_lib.Learner,
+  ):
+    self.cfg = cfg
+    self.cursor = Cursor()
+    self._host = host
+    self._policy = policy
+    self._learner = learner
+    self._loop = build.make_loop(policy, cfg.sampling, host, toolbox)
+    self.evaluator = evaluate.Evaluator(cfg, policy, host, toolbox, self._loop)
+    self._select = jax.jit(
+      functools.partial(
+        selection.select,
+        filter_config=cfg.filter,
+        loss_config=cfg.loss,
+        max_tokens=cfg.sampling.max_tokens,
+      )
+    )
+    self._score = jax.jit(
+      lambda params, batch: step_lib.score(
+        policy,
+        params,
+        batch,
+        chunk=cfg.loss.logprob_chunk,
+        temperature=cfg.sampling.temperature,
+      )[0]
+    )
+    self._reference: Any = None  # first parameters, where a KL term needs them
+
+  def set_reference(self, params: Any) -> None:
+    """Keeps a copy of the first policy if the loss has a KL term."""
+    if self.cfg.loss.kl_coef:
+      self._reference = jax.tree.map(jnp.copy, params)
+
+  def step(
+    self, state: step_lib.TrainState, step: int, bar: progress_lib.Progress
+  ) -> tuple[step_lib.TrainState, dict[str, float], list]:
+    """One step of training.
+
+    Args:
+      state: before the step; donated.
+      step: its number, from 1.
+      bar: shows the phases.
+
+    Returns:
+      The state after it, the metrics row, and the annotated rollouts.
+    """
+    started = time.perf_counter()
+    bar.phase("sampling")
+    groups, timing = self._draw(state.params, step)
+    scored = time.perf_counter()
+    bar.phase("scoring")
+    selected = self._choose(groups, step)
+    row = metrics.finalize(selected.metrics)
+    updating = time.perf_counter()
+    bar.phase("update")
+    state, stats = self._update(state, selected.batch)
+    row |= metrics.finalize(stats)
+    row["lr"] = float(optim.learning_rate(self.cfg.train)(int(state.step) - 1))
+    ended = time.perf_counter()
+    row |= {
+      "time/generate": timing.generate,
+      "time/tools": timing.tools,
+      "time/score": updating - scored,
+      "time/update": ended - updating,
+      "time/step": ended - started,
+    }
+    return state, row | self._count(groups), groups
+
+  def _draw(self, params: Any, step: int):
+    f, t = self.cfg.filter, self.cfg.train
+    problems = self._host.train_task.problems(
+      self.cursor.next_problem, t.prompts
+    )
+    build.check_prompts(self._loop, problems, self.cfg.sampling.cache_length)
+    self._loop.sampler.set_params(params)
+    return self._loop.run(problems, f.n_drawn, seed=self.cfg.seed, step=step)
+
+  def _choose(
+    self, groups: list[list[episode_lib.Episode]], step: int
+  ) -> selection.Selection:
+    longest = max(len(e) for g in groups for e in g)
+    arrays = pack.pack(
+      groups,
+      n_rollouts=self.cfg.filter.n_drawn,
+      n_calls=self.cfg.sampling.max_calls,
+      length=pack.bucket_length(longest, self.cfg.train.buckets),
+    )
+    key = jax.random.fold_in(jax.random.key(self.cfg.seed), _FILTER_STREAM)
+    selected = self._select(
+      trajectories_lib.Trajectories(**arrays), jax.random.fold_in(key, step)
+    )
+    traces.annotate(
+      groups,
+      keep_NO=np.asarray(selected.keep_NO),
+      is_live_NO=np.asarray(selected.is_live_NO),
+      advantage_NO=np.asarray(selected.advantage_NO),
+      p_err_NO=np.asarray(selected.penalties.p_err_NO),
+      p_format_NO=np.asarray(selected.penalties.p_format_NO),
+    )
+    return selected
+
+  def _update(self, state: step_lib.TrainState, batch: step_lib.Batch):
+    """One update for each minibatch; groups stay whole."""
+    c = self.cfg
+    batch = self._learner.place(batch)
+    if c.loss.old_logprobs == "recompute":
+      batch["logp_old_BT"] = self._score(state.params, batch)
+    if self._reference is not None:
+      batch["logp_ref_BT"] = self._score(self._reference, batch)
+    M = c.train.minibatches
+    n_rows = c.train.prompts * c.filter.n_kept // M
+    total = None
+    for i in range(M):
+      part = batch if M == 1 else _minibatch(batch, i * n_rows, n_rows, M)
+      state, stats = self._learner.update(state, part)
+      total = stats if total is None else metrics.add(total, stats)
+    jax.block_until_ready(state.params)
+    return state, total
+
+  def _count(self, groups) -> dict[str, float]:
+    episodes = [e for g in groups for e in g]
+    self.cursor.next_problem += len(groups)
+    self.cursor.rollouts_drawn += len(episodes)
+    self.cursor.tokens_sampled += sum(e.n_model_tokens for e in episodes)
+    return {
+      "rollouts_drawn": self.cursor.rollouts_drawn,
+      "tokens_sampled": self.cursor.tokens_sampled,
+    }
+
+
+def _minibatch(
+  batch: step_lib.Batch, start: int, n_rows: int, n_minibatches: int
+) -> step_lib.Batch:
+  """Some rows of a batch, their weights scaled to sum as the whole's did."""
+  part = {k: v[start : start + n_rows] for k, v in batch.items()}
+  part["weight_BT"] = part["weight_BT"] * n_minibatches
+  return part
+
+
+def make_learner(cfg: config_lib.Config, policy: Any) -> step_lib.Learner:
+  """The jitted update of `cfg.loss` with `cfg.train`'s optimizer."""
+  n_rows = cfg.train.prompts * cfg.filter.n_kept // cfg.train.minibatches
+  return step_lib.Learner(
+    policy,
+    optim.make_optimizer(cfg.train),
+    step_lib.grpo_loss(policy, cfg.loss, cfg.sampling.temperature),
+    build.make_mesh(cfg),
+    n_microbatches=n_rows // (cfg.train.microbatch_rows or n_rows),
+  )
+
+
+def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
+  """Trains to `cfg.train.steps`, or goes on from the newest checkpoint.
+
+  Raises:
+    errors.UserError: bad input, before any work starts.
+  """
+  # ------------------------------------------------------------- parts
+  console = rich.console.Console(highlight=False)
+  host = build.host_parts(cfg)
+  policy = build.make_policy(cfg, host)
+  learner = make_learner(cfg, policy)
+  claim = runlog.claim(
+    workdir,
+    "train",
+    config_json=config_lib.to_json(cfg),
+    gin_text=host.gin_text,
+    identity=config_lib.identity(cfg, "train"),
+  )
+  checkpoints = checkpoint.Checkpoints(
+    workdir / "checkpoints", keep=cfg.checkpoint.keep
+  )
+  with claim, build.started_sandbox(host) as sandbox:
+    claim.note(sandbox=sandbox.info())
+    trainer = Trainer(cfg, host, host.make_toolbox(sandbox), policy, learner)
+
+    # ------------------------- where from: own checkpoint, init_from, nothing
+    restored = checkpoints.restore(learner.abstract_state)
+    for note in checkpoints.notes:
+      console.print(note, markup=False)
+    start = restored.step if restored else 0
+    if start >= cfg.train.steps:
+      console.print(f"{workdir}: all {start} steps are done", markup=False)
+      return
+    first = _first_state(cfg, learner, console)
+    trainer.set_reference(first.params)
+    state = restored.state if restored else first
+    if restored:
+      trainer.cursor = Cursor(**restored.extra["cursor"])
+      console.print(f"going on after step {start}", markup=False)
+
+    # ------------------------------------------------------------- loop
+    with (
+      runlog.MetricsLog(
+        workdir,
+        restored_step=restored.step if restored else None,
+        tensorboard=cfg.log.tensorboard,
+      ) as log,
+      progress_lib.Progress(
+        "train", cfg.train.steps, start=start, is_shown=cfg.log.progress
+      ) as bar,
+    ):
+      if not restored:
+        bar.phase("evaluation")
+        row, groups = trainer.evaluator.run(state.params)
+        log.write(0, row)
+        traces.write(traces.path_of(workdir, 0), groups, host.tokenizer)
+        bar.update(0, row)
+      for step in range(start + 1, cfg.train.steps + 1):
+        state, row, groups = trainer.step(state, step, bar)
+        is_last = step == cfg.train.steps
+        if cfg.log.traces_every and (
+          step % cfg.log.traces_every == 0 or is_last or step == 1
+        ):
+          traces.write(traces.path_of(workdir, step), groups, host.tokenizer)
+        if is_last or (cfg.eval.every and step % cfg.eval.every == 0):
+          bar.phase("evaluation")
+          row |= trainer.evaluator.run(state.params)[0]
+        log.write(step, row)
+        bar.update(step, row)
+        if is_last or step % cfg.checkpoint.every == 0:
+          bar.phase("checkpoint")
+          checkpoints.save(
+            step, state, {"cursor": dataclasses.asdict(trainer.cursor)}
+          )
+
+
+def _first_state(
+  cfg: config_lib.Config,
+  learner: step_lib.Learner,
+  console: rich.console.Console,
+) -> step_lib.TrainState:
+  """Parameters of `init_from`, or fresh ones, with a fresh optimizer."""
+  if not cfg.init_from:
+    return learner.init(jax.random.key(cfg.seed))
+  params, where = build.load_params(
+    cfg.init_from, learner.abstract_state.params
+  )
+  console.print(where, markup=False)
+  return learner.start_from(params)
