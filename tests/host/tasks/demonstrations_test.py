@@ -49,14 +49,30 @@ def test_shares_are_as_stated():
   }
   for name, share in found.items():
     assert abs(share - getattr(RATES, name)) < 0.03, name
-  codes = [
-    turn.code for s in with_tool for turn in s.turns if turn.code is not None
+
+
+def test_styles_and_failures_are_mixed_by_their_weights():
+  clean = [
+    turn.code
+    for script in _scripts(1500, demonstrations.CLEAN)
+    for turn in script.turns[:-1]
   ]
-  good = [code for code in codes if code.endswith(("print(x)", "})", "9)"))]
-  n_assigns = sum(code.startswith("x=") for code in good)
-  n_loops = sum(code.startswith("while") for code in codes)
-  assert 0.2 < n_assigns / len(good)
-  assert 0 < n_loops / len(codes) < 0.02
+  share = sum(code.startswith("x=") for code in clean) / len(clean)
+  assert abs(share - demonstrations.CLEAN.assigns) < 0.04
+  rates = dataclasses.replace(
+    demonstrations.CLEAN, fails=1.0, assigns=0.0, timeout=0.1
+  )
+  task = arithmetic.ArithmeticTask(mix={"product": 1.0})
+  broken = [s.turns[0].code for s in _scripts(1500, rates, task=task)]
+  found = {
+    "timeout": sum(code.startswith("while") for code in broken),
+    "wrong_variable": sum(code.startswith("x=") for code in broken),
+    "syntax_error": sum(code.count("(") > code.count(")") for code in broken),
+  }
+  total = sum(rates.failure_weights.values())
+  for kind, count in found.items():
+    expected = rates.failure_weights[kind] / total
+    assert abs(count / len(broken) - expected) < 0.04, kind
 
 
 def test_mess_does_not_follow_from_the_question():
@@ -155,13 +171,9 @@ def test_model_tokens_are_the_script_and_nothing_of_the_tool(toolbox, chat):
     for index, role in zip(episode.token_ids, episode.roles, strict=True)
     if role == layout.Role.MODEL
   ]
-  turn = calls.parse_turn(
-    model[: model.index(chat.turn_end_id)], chat.tokenizer
-  )
-  assert turn.calls[0].arguments["code"] in {
-    script.turns[0].code,
-    str(script.turns[0].code),
-  }
+  first_turn = model[: model.index(chat.turn_end_id)]
+  (call,) = calls.parse_turn(first_turn, chat.tokenizer).calls
+  assert call.arguments["code"] == script.turns[0].code
   assert model.count(chat.turn_end_id) == episode.n_turns
   assert chat.tokenizer.special_id("<tool_response>") not in model
 
