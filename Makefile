@@ -12,7 +12,7 @@ STAMP := .venv/installed.lock
 PYTHON ?=
 WORKERS ?= 2
 RUN ?= runs/quickstart
-COMPARE_RUN ?= runs/roc_vs_grpo
+COMPARE_RUN ?= runs/comparison
 ARGS ?=
 export PYTHONPATH := $(CURDIR)
 

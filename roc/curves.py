@@ -183,6 +183,12 @@ SKETCHES = (
   ),
 )
 
+LOSS = Sketch(
+  "Loss",
+  (Line("loss", "nats per token", "blue"),),
+  "Cross-entropy of the demonstrations' own tokens.",
+)
+
 
 def draw(rows: Sequence[Row]) -> list[Panel]:
   """Draws every panel that the run has numbers for.
@@ -193,7 +199,10 @@ def draw(rows: Sequence[Row]) -> list[Panel]:
   Returns:
     Panels in reading order; metrics that were never written are left out.
   """
-  panels = [_line_panel(rows, sketch) for sketch in SKETCHES]
+  # A policy gradient's loss says nothing; that of supervised training does.
+  is_supervised = not series(rows, "reward")[0]
+  sketches = (LOSS, *SKETCHES) if is_supervised else SKETCHES
+  panels = [_line_panel(rows, sketch) for sketch in sketches]
   panels.append(_time_panel(rows))
   return [panel for panel in panels if panel is not None]
 

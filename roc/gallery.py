@@ -80,6 +80,8 @@ def exhibits(folder: pathlib.Path) -> list[Exhibit]:
     digits = path.stem.removeprefix("step_")
     if digits.isdigit():
       steps[int(digits)] = path
+  # Step 0 is the evaluation before training: nothing is filtered there.
+  steps = {s: path for s, path in steps.items() if s > 0} or steps
   shown = []
   for step in sorted({min(steps), max(steps)}) if steps else ():
     groups = _groups(steps[step])
@@ -165,12 +167,13 @@ def _view(trace: Trace) -> View:
     for status in (str(record.get("status", "")) for record in _records(trace))
   ]
   kept = trace.get("kept")
+  fate = "not filtered" if kept is None else "kept" if kept else "dropped"
   return View(
     outcome=outcome,
     outcome_css={"correct": "good", "wrong": "bad"}.get(outcome, ""),
     is_kept=kept is not False,
-    fate="not filtered" if kept is None else "kept" if kept else "dropped",
-    why=str(trace.get("why") or ""),
+    fate=fate,
+    why=str(trace.get("why") or "").removeprefix(f"{fate}: "),
     calls=calls,
     segments=_segments(trace, calls),
     facts=_facts(trace),
@@ -206,7 +209,7 @@ def _facts(trace: Trace) -> str:
     ("p_err", trace.get("p_err")),
     ("p_format", trace.get("p_format")),
     ("reward", trace.get("reward")),
-    ("advantage", trace.get("advantage")),
+    ("advantage", trace.get("advantage") if trace.get("kept") else None),
   ]
   parts = [f"{n} {v:.3g}" for n, v in numbers if curves.is_number(v)]
   if isinstance(trace.get("n_turns"), int):

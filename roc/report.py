@@ -24,6 +24,8 @@ TEMPLATES = pathlib.Path(__file__).parent / "templates"
 ACCURACY = curves.ACCURACY
 HEAD = "eval/head/accuracy"
 FAILING = "eval/heldout/failure_frequency_correct"
+N_PROBLEMS = "eval/heldout/n_problems"
+STDERR = "eval/heldout/accuracy_stderr"
 
 # Metric, its name in the table, and how a value is written.
 HEADLINES = (
@@ -112,7 +114,7 @@ def write(
   """
   rows = curves.read(workdir / "metrics.jsonl")
   config = read_config(workdir)
-  table, targets = headline_table(rows, config), headline_targets(rows)
+  table, targets = headline_table(rows), headline_targets(rows)
   page = (
     _environment()
     .get_template("report.html")
@@ -151,14 +153,11 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any]:
 # ------------------------------------------------------------------ headline
 
 
-def headline_table(
-  rows: Sequence[curves.Row], config: Mapping[str, Any]
-) -> Table:
+def headline_table(rows: Sequence[curves.Row]) -> Table:
   """Compares the policy before, early in and at the end of training.
 
   Args:
     rows: metrics, one row per step.
-    config: the run's config.json, for the number of held-out problems.
 
   Returns:
     Up to three columns of figures; no rows if nothing was evaluated yet.
@@ -169,22 +168,20 @@ def headline_table(
   end = len(evaluated) - 1
   picked = [evaluated[i] for i in sorted({0, min(1, end), end})]
   names = [_moment(row["step"], row is picked[-1]) for row in picked]
-  section = config.get("eval")
-  section = section if isinstance(section, Mapping) else {}
-  n = section.get("n_problems"), section.get("samples", 1)
-  n_rollouts = n[0] * n[1] if all(isinstance(v, int) for v in n) else 0
   body = []
   for metric, name, kind in HEADLINES:
     values = [row.get(metric) for row in picked]
     if not any(curves.is_number(v) for v in values):
       continue
-    is_accuracy = metric in (ACCURACY, HEAD)
-    spread = n_rollouts if is_accuracy else 0
-    body.append([name] + [_cell(v, kind, spread) for v in values])
+    cells = [
+      _cell(value, kind, _half_width(row, metric))
+      for value, row in zip(values, picked, strict=True)
+    ]
+    body.append([name, *cells])
   note = ""
-  if n_rollouts:
+  if curves.is_number(picked[-1].get(N_PROBLEMS)):
     note = (
-      f"Held-out problems: {n[0]}, rollouts each: {n[1]}. ± is half the 95 %"
+      f"{picked[-1][N_PROBLEMS]:.0f} held-out problems; ± is half the 95 %"
       " interval of a share measured on so many."
     )
   return Table(["held-out problems", *names], body, note)
@@ -273,12 +270,28 @@ def _percent(share: float) -> str:
   return f"{100 * share:.{digits}f} %"
 
 
-def _cell(value: Any, kind: str, n: int) -> str:
+def _cell(value: Any, kind: str, half: float) -> str:
   if not curves.is_number(value):
     return "–"
   if kind != "percent":
     return f"{value:.2f}" if value < 20 else f"{value:.1f}"
-  return _percent(value) + (f" ± {100 * half_width(value, n):.1f}" if n else "")
+  return _percent(value) + (f" ± {100 * half:.1f}" if half else "")
+
+
+def _half_width(row: curves.Row, metric: str) -> float:
+  """Half the 95 % interval of an accuracy; 0 for what has none.
+
+  One rollout a problem is a share of trials. Several of one problem are not
+  independent, which the standard error over problems allows for.
+  """
+  n = row.get(N_PROBLEMS)
+  if metric not in (ACCURACY, HEAD) or not curves.is_number(n) or n < 1:
+    return 0.0
+  share, stderr = row[metric], row.get(STDERR)
+  has_samples = any(name.startswith("eval/heldout/avg@") for name in row)
+  if metric == ACCURACY and has_samples and curves.is_number(stderr):
+    return 1.96 * stderr
+  return half_width(share, int(n))
 
 
 def half_width(share: float, n: int) -> float:

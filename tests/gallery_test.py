@@ -3,7 +3,7 @@ from tests import runs
 
 
 def test_first_and_last_step_are_shown(tmp_path):
-  for step in (3, 20, 100):
+  for step in (0, 3, 20, 100):
     runs.write_traces(tmp_path, step, [runs.trace(0)])
   (tmp_path / "rollouts" / "step_bad.jsonl").write_text("x")
   headings = [e.heading for e in gallery.exhibits(tmp_path / "rollouts")]
@@ -46,6 +46,7 @@ def test_tool_texts_carry_the_status_of_their_call(tmp_path):
   (view,) = exhibit.views
   chips = [s.chip for s in view.segments if s.role == "tool"]
   assert chips == [gallery.Chip("error", "bad"), gallery.Chip("ok", "good")]
+  assert view.why == "clean"
   assert view.facts == (
     "p 0.5 · p_err 0.5 · p_format 0 · reward 1 · advantage 0.5 · turns 3"
     " · answer 6 · answered"

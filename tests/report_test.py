@@ -21,7 +21,6 @@ def test_report_is_written_and_printed(tmp_path, capsys):
       {
         "seed": 3,
         "filter": {"mode": "sort", "n_drawn": 16, "n_kept": 8},
-        "eval": {"n_problems": 100, "samples": 1},
       }
     )
   )
@@ -72,7 +71,7 @@ def test_no_workdir_is_one_sentence(tmp_path):
 
 def test_table_shows_before_early_and_last():
   rows = _rows((0.6, 0.3, 0.0), (0.7, 0.2, 0.0), (0.8, 0.1, 0.0), (0.9, 0, 1))
-  table = report.headline_table(rows, {})
+  table = report.headline_table(rows)
   assert table.columns == [
     "held-out problems",
     "before RL",
@@ -86,7 +85,7 @@ def test_table_shows_before_early_and_last():
     "90.0 %",
   ]
   for n in (1, 2):
-    assert len(report.headline_table(rows[:n], {}).columns) == n + 1
+    assert len(report.headline_table(rows[:n]).columns) == n + 1
 
 
 @pytest.mark.parametrize(
@@ -120,3 +119,15 @@ def test_evaluation_rows_are_those_with_an_accuracy(tmp_path):
   runs.write_metrics(tmp_path, n_steps=20, every=10)
   rows = curves.read(tmp_path / "metrics.jsonl")
   assert [row["step"] for row in curves.evaluations(rows)] == [0, 10, 20]
+
+
+def test_interval_of_several_rollouts_a_problem_is_that_of_problems():
+  row = {
+    "step": 0,
+    report.ACCURACY: 0.5,
+    report.STDERR: 0.02,
+    report.N_PROBLEMS: 100.0,
+  }
+  assert report.headline_table([row]).rows[0][1] == "50.0 % ± 9.6"
+  row["eval/heldout/avg@4"] = 0.5
+  assert report.headline_table([row]).rows[0][1] == "50.0 % ± 3.9"

@@ -40,6 +40,7 @@ def write_metrics(
         "eval/heldout/call_frequency": 1.5,
         "eval/heldout/mean_length": 80.0,
         "eval/heldout/num_turns": 2.5,
+        "eval/heldout/n_problems": 100.0,
         "eval/head/accuracy": 0.01,
       }
     rows.append(row)
@@ -76,7 +77,7 @@ def trace(rollout_id: int, **changes: Any) -> dict[str, Any]:
     "p_err": 0.5,
     "p_format": 0.0,
     "p_total": 0.5,
-    "why": "clean",
+    "why": "kept: clean",
     "n_turns": 3,
     "answer": "6",
     "stop_reason": "answered",
