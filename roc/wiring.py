@@ -17,7 +17,7 @@ import inspect
 import pathlib
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import gin
@@ -52,16 +52,18 @@ def host(
   *,
   seed: int,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
-  chat: Callable[..., chat_lib.ChatFormat] = chat_lib.ChatFormat,
-  train_task: Callable[..., problem.Task] = arithmetic.ArithmeticTask,
+  chat: Callable[..., chat_lib.ChatFormat] | None = None,
+  train_task: Callable[..., problem.Task] | None = None,
   eval_task: Callable[..., problem.Task] | None = None,
   rates: demonstrations.MessRates | None = None,
   limits: Any = None,
   sandbox: Callable[..., Any] | None = None,
-  toolbox: Callable[..., tools.Toolbox] = tools.Toolbox,
-  score: Callable[..., rewards.Verdict] = rewards.score,
+  toolbox: Callable[..., tools.Toolbox] | None = None,
+  score: Callable[..., rewards.Verdict] | None = None,
 ) -> HostParts:
   """The root of a gin file: `host.train_task = @train/ArithmeticTask`.
+
+  What is not given is the quickstart's, and takes bindings all the same.
 
   Args:
     seed: the run's, from the ConfigDict; orders the training problems.
@@ -76,31 +78,56 @@ def host(
     toolbox: makes the tools from a sandbox.
     score: judges a rollout's answers.
   """
-  tokenizer = tokenizer or tokenizer_lib.quickstart_tokenizer()
+  tokenizer = tokenizer or _part("quickstart_tokenizer")()
+  chat = chat or _part("ChatFormat")
+  train_task = train_task or _part("ArithmeticTask")
   eval_task = eval_task or functools.partial(
-    arithmetic.ArithmeticTask, split="heldout"
+    _part("ArithmeticTask"), split="heldout"
   )
-  limits = limits or sandbox_lib.Limits()
-  # A bad option must be an error now, not when the first call is made.
-  toolbox(typing.cast(Any, None))
+  limits = limits or _part("Limits")()
+  make_sandbox = functools.partial(
+    _settled(sandbox or _part("Sandbox")), limits=limits, seed=seed
+  )
+  make_toolbox = _settled(toolbox or _part("Toolbox"))
+  # Neither starts anything: a bad option is an error now, not in the first
+  # rollout.
+  make_toolbox(make_sandbox())
   return HostParts(
     tokenizer=tokenizer,
     chat=chat(tokenizer),
     train_task=train_task(seed=seed),
     eval_task=eval_task(),
-    rates=rates or demonstrations.MessRates(),
+    rates=rates or _part("MessRates")(),
     limits=limits,
-    score=score,
-    make_sandbox=functools.partial(
-      sandbox or sandbox_lib.Sandbox, limits=limits, seed=seed
-    ),
-    make_toolbox=toolbox,
+    score=_settled(score or _part("score")),
+    make_sandbox=make_sandbox,
+    make_toolbox=make_toolbox,
     gin_text="",
   )
 
 
+def _part(name: str) -> Callable[..., Any]:
+  return gin.get_configurable(name)
+
+
+def _settled(factory: Callable[..., Any]) -> Callable[..., Any]:
+  """Gives a factory that is called later the bindings of this build for good.
+
+  gin looks bindings up at each call; by then another run of the same process
+  may have been built with others.
+  """
+  settled = {}
+  for name, parameters in parts().items():
+    if _part(name) is factory:
+      for key, parameter in parameters.items():
+        if parameter.default is not parameter.empty:
+          settled[key] = parameter.default
+      settled |= gin.get_bindings(name)
+  return functools.partial(factory, **settled)
+
+
 @functools.cache
-def parts() -> dict[str, list[str]]:
+def parts() -> dict[str, dict[str, inspect.Parameter]]:
   """Registers what a gin file may name.
 
   Returns:
@@ -122,9 +149,12 @@ def parts() -> dict[str, list[str]]:
     (rewards.score, "score", "answers", "gold", "is_truncated"),
   ):
     gin.external_configurable(part, name, denylist=passed_in)
-    bindable[name] = [
-      p for p in inspect.signature(part).parameters if p not in passed_in
-    ]
+    parameters = inspect.signature(part).parameters
+    bindable[name] = {
+      key: parameter
+      for key, parameter in parameters.items()
+      if key not in passed_in
+    }
   return bindable
 
 
@@ -178,7 +208,7 @@ def _find(name: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _one_sentence(where: str) -> Iterator[None]:
+def _one_sentence(where: str) -> Generator[None]:
   """Makes one sentence of what gin or a part of the host objects to."""
   try:
     yield
@@ -186,7 +216,8 @@ def _one_sentence(where: str) -> Iterator[None]:
     raise
   except Exception as e:
     text = str(e)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = e.msg if isinstance(e, SyntaxError) else text
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     first = lines[0].rstrip(".") if lines else repr(e)
     unset = re.match(r"No bindings specified for '(.*)/gin.macro'", first)
     if unset:
@@ -205,7 +236,7 @@ def _hint(sentence: str) -> str:
   quoted = re.findall(r"'@?([\w./]+)(?:\(\))?'", sentence)
   if "parameter named" in sentence and len(quoted) == 2:
     name = quoted[0].rpartition(".")[2]
-    return errors.closest(quoted[1], parts().get(name, []))
+    return errors.closest(quoted[1], parts().get(name, {}))
   if sentence.startswith("No configurable matching") and quoted:
     return errors.closest(quoted[0].rpartition("/")[2], parts())
   return ""
@@ -227,11 +258,10 @@ def _check_types() -> None:
 
 
 def _bound_literals() -> Iterator[tuple[str, str, inspect.Parameter, Any]]:
-  for name in parts():
-    signature = inspect.signature(gin.get_configurable(name))
+  for name, parameters in parts().items():
     for scope in _SCOPES:
       with gin.config_scope(scope or None):
         bound = gin.get_bindings(name, resolve_references=False)
       for key, value in bound.items():
         if isinstance(value, bool | int | float | str):
-          yield name, key, signature.parameters[key], value
+          yield name, key, parameters[key], value
