@@ -112,13 +112,18 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """The comparison of filters; only `compare` reads it."""
+
+  seeds: int = 3  # runs of each arm, at seed, seed + 1, ...
+
+
+@dataclasses.dataclass(frozen=True)
 class HostConfig:
   """Which gin files and bindings build the host side."""
 
   gin_files: tuple[str, ...] = ()  # read in order
-  gin_bindings: tuple[
-    str, ...
-  ] = ()  # "name.parameter = value", after the files
+  gin_bindings: tuple[str, ...] = ()  # statements after the files; these win
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +143,7 @@ class Config:
   compare: CompareConfig = CompareConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
+  compare: CompareConfig = CompareConfig()
   host: HostConfig = HostConfig()
 
 

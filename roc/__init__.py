@@ -1,0 +1,1 @@
+"""GRPO with resample on correct: language models that reason with a tool."""
