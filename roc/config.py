@@ -112,13 +112,6 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareConfig:
-  """The comparison of filters; only `compare` reads it."""
-
-  seeds: int = 3  # runs of each arm, at seed, seed + 1, ...
-
-
-@dataclasses.dataclass(frozen=True)
 class HostConfig:
   """Which gin files and bindings build the host side."""
 
@@ -140,7 +133,6 @@ class Config:
   train: TrainConfig = TrainConfig()
   sft: SftConfig = SftConfig()
   eval: EvalConfig = EvalConfig()
-  compare: CompareConfig = CompareConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   compare: CompareConfig = CompareConfig()
