@@ -88,13 +88,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareConfig:
-  """The comparison of arms."""
-
-  seeds: int = 3  # runs of each arm
-
-
-@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When everything is saved."""
 
@@ -164,9 +157,6 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
   resolved = _build(Config, config.to_dict(), "")
   config_checks.check(resolved)
   return resolved
-
-
-check_devices = config_checks.check_devices
 
 
 def to_json(config: Config) -> str:

@@ -7,7 +7,7 @@ import re
 import ml_collections
 import pytest
 
-from roc import config, errors
+from roc import config, config_checks, errors
 
 
 def changed(settings):
@@ -119,11 +119,11 @@ def test_unusual_settings_that_can_be():
 
 def test_mesh_must_fit_the_machine():
   cfg = config.resolve(changed({"mesh.data": 4}))
-  config.check_devices(cfg, 8)
+  config_checks.check_devices(cfg, 8)
   with pytest.raises(
     errors.UserError, match="4 devices and this machine has 1"
   ):
-    config.check_devices(cfg, 1)
+    config_checks.check_devices(cfg, 1)
 
 
 def test_json_round_trip():
