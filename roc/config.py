@@ -105,6 +105,13 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+  """The comparison of filters; only `compare` reads it."""
+
+  seeds: int = 3  # runs of each arm, at seed, seed + 1, ...
+
+
+@dataclasses.dataclass(frozen=True)
 class HostConfig:
   """Which gin files and bindings build the host side."""
 
@@ -201,7 +208,7 @@ def help_texts() -> dict[str, str]:
 _NOT_IDENTITY = ("checkpoint.", "log.", "eval.every", "compare.", "host.")
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {
-  "sft": ("train.", "loss.", "filter.", "init_from"),
+  "sft": ("train.", "loss.", "filter."),
   "train": ("sft.",),
 }
 
