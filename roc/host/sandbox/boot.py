@@ -23,14 +23,31 @@ def _stand_up_packages() -> None:
     sys.modules[name] = package
 
 
+def _hold_back_fork_hooks() -> list[dict]:
+  """Collects what modules want done at a fork, instead of having it done.
+
+  `threading` and `random` renew themselves after a fork. A process with one
+  thread that reseeds anyway needs neither, and each copies a hundred pages in
+  every child; so they are registered in the child, for the program's own forks.
+  """
+  held: list[dict] = []
+  os.register_at_fork = lambda **hooks: held.append(hooks)
+  return held
+
+
 def main(argv: list[str]) -> None:
   """Starts keeper and server; in a forked child, runs the child's job."""
   _stand_up_packages()
+  register = os.register_at_fork
+  hooks = _hold_back_fork_hooks()
   from roc.host.sandbox import child, keeper, server
 
   channel_fd, root = int(argv[1]), argv[2]
   keeper.split(channel_fd, root)  # the parent stays in there to its end
   job = server.serve(channel_fd, root)
+  os.register_at_fork = register
+  for held in hooks if job is not None else ():
+    register(**held)
   if job is not None:
     child.run(job)
 

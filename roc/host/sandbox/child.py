@@ -1,4 +1,4 @@
-"""What runs in the forked child: put limits on, run the program, say how it ended.
+"""What runs in the forked child: take on limits, run the program, note its end.
 
 The server's loop *returns* in the child (see `server.serve`), so that below the
 program's frames lie only this file's and the entry point's, with none of the
@@ -12,7 +12,6 @@ import builtins
 import contextlib
 import dataclasses
 import errno
-import gc
 import importlib.machinery
 import io
 import mmap
@@ -68,6 +67,7 @@ def run(job: Job) -> typing.NoReturn:
     code = _execute(job, reporter)
   finally:
     _exit(code)
+  raise AssertionError("unreachable")
 
 
 def _prepare(job: Job) -> report.Reporter:
@@ -86,24 +86,31 @@ def _prepare(job: Job) -> report.Reporter:
   os.dup2(job.setup_fd, _SETUP_FD)
   os.closerange(_SETUP_FD + 1, os.sysconf("SC_OPEN_MAX"))
   os.chdir(job.scratch)
-  os.environ["HOME"] = os.environ["TMPDIR"] = job.scratch
-  _open_streams()
+  os.environ["HOME"] = job.scratch
+  os.environ["TMPDIR"] = job.scratch
   sys.argv = [report.TOOL_FILE]
   sys.path.insert(0, "")
   reporter = report.Reporter(job.scratch, job.library_dirs)
   reporter.install()
   report.show_source(job.code)
   reseed(job.seed)
-  gc.enable()
   _set_limits(job)
   return reporter
 
 
-def _open_streams() -> None:
-  # Unbuffered like `python -u`: what a killed program printed is not lost.
-  sys.stdin = sys.__stdin__ = open(
-    0, encoding="utf-8", errors="surrogateescape", closefd=False
+def open_streams() -> None:
+  """Makes the standard streams; in the server, once, over its own fds 0 to 2.
+
+  A child only puts its pipes under them: building them anew in every child
+  would copy some ninety pages. fds 1 and 2 must be pipes already, for a stream
+  remembers whether it can seek.
+  """
+  sys.stdin = sys.__stdin__ = io.TextIOWrapper(
+    io.BufferedReader(io.FileIO(0, closefd=False)),
+    encoding="utf-8",
+    errors="surrogateescape",
   )
+  # Unbuffered like `python -u`: what a killed program printed is not lost.
   for fd, name in ((1, "stdout"), (2, "stderr")):
     stream = io.TextIOWrapper(
       typing.cast(typing.BinaryIO, io.FileIO(fd, "w", closefd=False)),

@@ -24,6 +24,7 @@ from roc.host.sandbox import contract, link
 Future = concurrent.futures.Future[contract.ToolResult]
 Trajectory = str | int | tuple
 
+_DEFAULT_LIMITS = contract.Limits()
 _PING_AFTER_S = 2.0
 _DEAD_AFTER_S = 20.0
 _RESTART_PAUSES_S = (0.0, 0.2, 1.0)
@@ -64,7 +65,7 @@ class Sandbox:
 
   def __init__(
     self,
-    limits: contract.Limits = contract.Limits(),
+    limits: contract.Limits = _DEFAULT_LIMITS,
     n_workers: int | None = None,
     min_tier: str = "process",
     seed: int = 0,

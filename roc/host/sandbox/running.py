@@ -1,4 +1,4 @@
-"""One call while it runs, as the server sees it: pipes, clocks, its evidence."""
+"""One call while it runs, as the server sees it: pipes, clocks, evidence."""
 
 import contextlib
 import dataclasses

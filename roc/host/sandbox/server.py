@@ -22,8 +22,11 @@ from roc import layout
 from roc.host.sandbox import child, contract, keeper, linux, running, wire
 
 # What programs of this kind import: forked warm, they cost nothing.
-PRELOAD = tuple(
-  ["math", "fractions", "itertools", "decimal", "random", "statistics", "json", "re", "collections", "functools", "string", "datetime", "heapq", "bisect", "operator", "traceback", "cmath", "numbers", "textwrap", "copy", "typing", "dataclasses"]
+PRELOAD = (
+  *("math", "cmath", "numbers", "fractions", "decimal", "random"),
+  *("statistics", "itertools", "functools", "operator", "collections"),
+  *("heapq", "bisect", "json", "re", "string", "textwrap", "datetime"),
+  *("copy", "dataclasses", "typing", "traceback"),
 )
 # One use of each fills the caches that every first use would fill again.
 _WARM_UP = {
@@ -75,6 +78,7 @@ class Server:
     self._is_stopping = False
     self._is_clogged = False  # the outbox waits for room in the socket
     self._next_sweep = 0.0
+    self._last_limits: tuple[dict, contract.Limits] = ({}, contract.Limits())
 
   # ----------------------------------------------------------------- start-up
 
@@ -85,6 +89,7 @@ class Server:
     linux.adopt_orphans()
     linux.forbid_new_privileges()
     linux.offer_to_oom_killer()
+    _open_streams()
     os.umask(0o077)
     sys.path.extend(config["site_dirs"])
     for name in PRELOAD + tuple(config["preload"]):
@@ -218,7 +223,7 @@ class Server:
     """Starts one call; returns its job in the child, None in the server."""
     self._ordinal += 1
     self._next_tag -= 1
-    limits = contract.Limits.from_json(message["limits"])
+    limits = self._limits_of(message["limits"])
     scratch = os.path.join(self._root, keeper.WORK, str(self._ordinal))
     call = running.Running.open(message["id"], limits, scratch, self._next_tag)
     try:
@@ -252,6 +257,12 @@ class Server:
     call.forked(pid)
     self._active[pid] = call
     return None
+
+  def _limits_of(self, fields: dict) -> contract.Limits:
+    """Parses limits; nearly always those of the call before."""
+    if fields != self._last_limits[0]:
+      self._last_limits = (fields, contract.Limits.from_json(fields))
+    return self._last_limits[1]
 
   def _read_output(self, fd: int) -> None:
     for call in self._active.values():
@@ -360,6 +371,19 @@ class Server:
 
 
 # ------------------------------------------------------------------- helpers
+
+
+def _open_streams() -> None:
+  """Makes the streams that every child inherits, see `child.open_streams`."""
+  log = os.dup(2)
+  read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+  os.dup2(write_fd, 1)
+  os.dup2(write_fd, 2)
+  child.open_streams()
+  os.dup2(log, 1)
+  os.dup2(log, 2)
+  for fd in (log, read_fd, write_fd):
+    os.close(fd)
 
 
 def _drain(fd: int) -> None:
