@@ -10,9 +10,9 @@ tokens.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +34,10 @@ class Sampler(Protocol):
 
   @property
   def n_free(self) -> int: ...
+  def set_params(self, params: Any) -> None: ...
   def submit(self, requests: Sequence[engine_lib.Request]) -> list[int]: ...
   def decode(self) -> dict[int, engine_lib.Drawn]: ...
-  def extend(self, observations: dict[int, Sequence[int]]) -> None: ...
+  def extend(self, observations: Mapping[int, Sequence[int]]) -> None: ...
   def release(self, slots: Sequence[int]) -> None: ...
 
 

@@ -107,7 +107,8 @@ class Trainer:
     bar.phase("update")
     state, stats = self._update(state, selected.batch)
     row |= metrics.finalize(stats)
-    row["lr"] = float(optim.learning_rate(self.cfg.train)(int(state.step) - 1))
+    last_rate = optim.learning_rate(self.cfg.train)(int(state.step) - 1)
+    row["lr"] = np.asarray(last_rate).item()
     ended = time.perf_counter()
     row |= {
       "time/generate": timing.generate,
@@ -161,11 +162,14 @@ class Trainer:
       batch["logp_ref_BT"] = self._score(self._reference, batch)
     M = c.train.minibatches
     n_rows = c.train.prompts * c.filter.n_kept // M
-    total = None
-    for i in range(M):
-      part = batch if M == 1 else _minibatch(batch, i * n_rows, n_rows, M)
+    parts = [
+      batch if M == 1 else _minibatch(batch, i * n_rows, n_rows, M)
+      for i in range(M)
+    ]
+    state, total = self._learner.update(state, parts[0])
+    for part in parts[1:]:
       state, stats = self._learner.update(state, part)
-      total = stats if total is None else metrics.add(total, stats)
+      total = metrics.add(total, stats)
     jax.block_until_ready(state.params)
     return state, total
 

@@ -13,7 +13,7 @@ prompts, tools and lengths are.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ class Engine:
     )
     return slots
 
-  def extend(self, observations: dict[int, Sequence[int]]) -> None:
+  def extend(self, observations: Mapping[int, Sequence[int]]) -> None:
     """Appends ids behind what each slot holds and lets it run again.
 
     The ids count against the slot's budget; the caller checks that they fit

@@ -50,11 +50,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What an update changes."""
+  """What an update changes; also a tree of shapes or shardings of it."""
 
-  params: model_lib.Params
+  params: Any  # model_lib.Params
   opt_state: Any
-  step: jax.Array  # int32, updates made
+  step: Any  # int32 [], updates made
 
 
 jax.tree_util.register_dataclass(
