@@ -204,6 +204,8 @@ def _load_experiment(spec: str) -> "ml_collections.ConfigDict":
       raise ValueError("not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise errors.UserError(f"{path} has no function get_config")
     config = module.get_config(*([variant] if variant else []))
   except errors.UserError:
     raise
@@ -229,10 +231,13 @@ def _where(e: BaseException, path: pathlib.Path) -> str:
 
 def _first_line(e: BaseException) -> str:
   # ConfigDict lists every field that there is, then what was meant.
-  text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
-  text = text.strip("'\"").replace("\\n", "\n")
+  text = e.msg if isinstance(e, SyntaxError) else str(e)
+  if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+    text = text[1:-1].replace("\\n", "\n")
   meant = re.search(r"Did you mean \\?\"(\w+)\\?\"", text)
-  first = re.sub(r" Other fields present:.*", "", text.splitlines()[0])
+  first = re.sub(
+    r" Other fields present:.*", "", (text or repr(e)).splitlines()[0]
+  )
   first = first.replace('\\"', '"').rstrip(".")
   hint = f" (did you mean {meant[1]}?)" if meant else ""
   kind = "" if isinstance(e, AttributeError | ValueError) else type(e).__name__
