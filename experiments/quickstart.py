@@ -49,7 +49,7 @@ def get_config(variant: str = ""):
   c.sampling.max_calls = 6
 
   # ------------------------------------------------- supervised training
-  c.sft.n_demos = 6000
+  c.sft.n_demos = 4000
   c.sft.steps = 700
   c.sft.rows = 16
   c.sft.length = 192

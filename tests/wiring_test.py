@@ -28,7 +28,7 @@ def test_defaults_build_the_quickstart():
 
 def test_the_experiment_file_binds_what_it_says():
   host = build(files=[ARITHMETIC])
-  assert host.limits.wall_s == 1.0 and host.limits.memory_mb == 256
+  assert host.limits.wall_s == 4.0 and host.limits.memory_mb == 256
   assert host.rates.fails == 0.45
   assert type(host.limits) is sandbox.Limits
   # The checkout is searched too, whatever directory the run starts in.

@@ -100,11 +100,15 @@ class Engine:
     return len(self._free)
 
   def set_params(self, params: model_lib.Params) -> None:
-    """Weights for all that follows. Refused while a slot is in use: its cache
-    belongs to the weights that filled it."""
+    """Weights for all that follows, brought to the engine's device.
+
+    Raises:
+      RuntimeError: a slot is in use; its cache belongs to the weights that
+        filled it.
+    """
     if len(self._free) != self.config.n_slots:
       raise RuntimeError("set_params while rollouts are in flight")
-    self._params = params
+    self._params = jax.device_put(params, jax.local_devices()[0])
 
   def submit(self, requests: Sequence[Request]) -> list[int]:
     """Starts rollouts; returns the slot of each.
