@@ -207,7 +207,7 @@ for i, metric, label, colour in lines:
   steps, values = curves.series(rows, metric)
   plots.curve(axes[i], steps, values, label=label, colour=colour)
 plots.finish(axes[0], "Held-out accuracy", is_percent=True)
-plots.finish(axes[1], "p_err of correct rollouts", is_percent=True)
+plots.finish(axes[1], "Failing calls, correct rollouts", is_percent=True)
 plots.finish(axes[2], "Per rollout")
 fig.tight_layout()
 

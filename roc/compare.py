@@ -27,8 +27,6 @@ import rich.table
 from roc import curves, errors, plots, report
 from roc.estimates import Estimate, estimate
 
-SEEDS = 3
-
 
 class Arm(NamedTuple):
   """One way of choosing; draws `n_kept` rollouts when not oversampled."""
@@ -82,13 +80,12 @@ def run(cfg: Any, workdir: pathlib.Path) -> None:
   """
   workdir = pathlib.Path(workdir)
   console = rich.console.Console(highlight=False)
-  n_seeds = getattr(getattr(cfg, "compare", None), "seeds", SEEDS)
   if not cfg.init_from:
     start = workdir / "sft"
     console.print("starting policy: supervised training", markup=False)
     _program("sft").run(cfg, start)
     cfg = dataclasses.replace(cfg, init_from=str(start))
-  jobs = [(seed, arm) for seed in range(n_seeds) for arm in ARMS]
+  jobs = [(seed, arm) for seed in range(cfg.compare.seeds) for arm in ARMS]
   for i, (seed, arm) in enumerate(jobs):
     place = workdir / arm.name / f"seed_{cfg.seed + seed}"
     if is_finished(place, cfg.train.steps):

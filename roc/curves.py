@@ -140,8 +140,8 @@ SKETCHES = (
       Line("roc/err_ratio_pos_before", "as drawn", "blue"),
       Line("roc/err_ratio_pos_after", "as kept", "orange", True),
     ),
-    "Mean p_err of the correct rollouts of each step. The gap is what the"
-    " filter takes out.",
+    "Failed calls per call in the correct rollouts of each step. The gap is"
+    " what the filter takes out.",
     is_percent=True,
   ),
   Sketch(

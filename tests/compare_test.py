@@ -66,11 +66,17 @@ class _Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Compare:
+  seeds: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
 class _Config:
   seed: int = 5
   init_from: str = ""
   filter: _Filter = _Filter()
   train: _Train = _Train()
+  compare: _Compare = _Compare()
 
 
 def test_all_arms_start_from_one_policy_and_finished_runs_are_kept(
