@@ -46,9 +46,10 @@ class Progress:
     )
     self._shown_at = 0.0
     self._values: dict[str, str] = {}
-    # The first step compiles; the pace of the last ten is what comes next.
+    # Ends of the last steps. The first step compiles, so its length says
+    # nothing about what comes.
     self._marks: collections.deque[tuple[float, int, float | None]] = (
-      collections.deque([(time.monotonic(), start, None)], maxlen=11)
+      collections.deque(maxlen=11)
     )
     self._bar: rich.progress.Progress | None = None
     self._task: Any = None
@@ -84,7 +85,7 @@ class Progress:
     """
     metrics = metrics or {}
     tokens = metrics.get("tokens_sampled")
-    if step != self._step:
+    if step > self._step:
       self._marks.append((time.monotonic(), step, tokens))
       self._step = step
     for name, label in _SHOWN.items():
@@ -110,8 +111,8 @@ class Progress:
     if len(counted) > 1 and counted[-1][0] > counted[0][0]:
       (t0, n0), (t1, n1) = counted[0], counted[-1]
       parts.append(f"{(n1 - n0) / (t1 - t0):,.0f} tok/s")
-    (t0, step0, _), (t1, step1, _) = self._marks[0], self._marks[-1]
-    if t1 > t0 and step1 > step0:
+    if len(self._marks) > 1:
+      (t0, step0, _), (t1, step1, _) = self._marks[0], self._marks[-1]
       left = (t1 - t0) / (step1 - step0) * max(0, self.total - step1)
       parts.append(f"{_clock(left)} left")
     return "  ".join(parts)
