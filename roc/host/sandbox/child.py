@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import importlib.machinery
-import io
 import mmap
 import os
 import random
@@ -29,6 +28,7 @@ from roc.host.sandbox import contract, linux, report, verdict
 # Bound now: the program may replace the originals.
 _exit = os._exit
 _getpid = os.getpid
+_type_name = type.__dict__["__name__"].__get__  # no metaclass overrides this
 _SETUP_FD = 3
 _HEADROOM_BYTES = 32 << 20  # for the report of a program that ran out of memory
 _SPARE_TASKS = 1024  # RLIMIT_NPROC counts the whole user; see `_set_limits`
@@ -96,31 +96,6 @@ def _prepare(job: Job) -> report.Reporter:
   reseed(job.seed)
   _set_limits(job)
   return reporter
-
-
-def open_streams() -> None:
-  """Makes the standard streams; in the server, once, over its own fds 0 to 2.
-
-  A child only puts its pipes under them: building them anew in every child
-  would copy some ninety pages. fds 1 and 2 must be pipes already, for a stream
-  remembers whether it can seek.
-  """
-  sys.stdin = sys.__stdin__ = io.TextIOWrapper(
-    io.BufferedReader(io.FileIO(0, closefd=False)),
-    encoding="utf-8",
-    errors="surrogateescape",
-  )
-  # Unbuffered like `python -u`: what a killed program printed is not lost.
-  for fd, name in ((1, "stdout"), (2, "stderr")):
-    stream = io.TextIOWrapper(
-      typing.cast(typing.BinaryIO, io.FileIO(fd, "w", closefd=False)),
-      encoding="utf-8",
-      errors="backslashreplace",
-      newline="\n",
-      write_through=True,
-    )
-    setattr(sys, name, stream)
-    setattr(sys, f"__{name}__", stream)
 
 
 def _set_limits(job: Job) -> None:
@@ -201,10 +176,10 @@ def _execute(job: Job, reporter: report.Reporter) -> int:
     program = compile(job.code, report.TOOL_FILE, "exec", dont_inherit=True)
     exec(program, main.__dict__)
   except SystemExit as error:
-    error_type = type(error).__name__ if error.code else ""
+    error_type = _type_name(type(error)) if error.code else ""
     ending, code = b"exit", _exit_code(error)
   except BaseException as error:
-    ending, error_type, code = classify(error), type(error).__name__, 1
+    ending, error_type, code = classify(error), _type_name(type(error)), 1
     _report(error, reporter)
   with contextlib.suppress(BaseException):
     threading._shutdown()  # pyrefly: ignore  # joins threads, as exit does
@@ -264,4 +239,4 @@ def _report(error: BaseException, reporter: report.Reporter) -> None:
       reporter.write(error)
     except BaseException:
       with contextlib.suppress(BaseException):
-        os.write(2, f"{type(error).__name__}\n".encode())
+        os.write(2, f"{_type_name(type(error))}\n".encode())

@@ -5,6 +5,7 @@ exec'd server. So it holds plain frozen records over JSON-able values.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -14,6 +15,9 @@ from roc import layout
 TIERS = ("process", "filtered", "confined", "isolated", "external")
 TOOLS = ("python",)
 MAX_STDIN_BYTES = 16 << 20
+_MAX_TEXT_BYTES = 2 << 20  # what fits a message when every byte is escaped
+
+Trajectory = str | int | tuple  # stable id of a rollout
 
 
 class SandboxError(RuntimeError):
@@ -56,6 +60,12 @@ class Limits:
       if not (math.isfinite(value) and value > 0):
         raise ValueError(
           f"Limits.{field.name} must be positive and finite, found {value!r}"
+        )
+    for name in ("output_bytes", "code_bytes"):
+      if getattr(self, name) > _MAX_TEXT_BYTES:
+        raise ValueError(
+          f"Limits.{name} must be at most {_MAX_TEXT_BYTES}, found"
+          f" {getattr(self, name)}"
         )
     if self.n_files < 8:
       raise ValueError(
@@ -180,3 +190,15 @@ def stdin_bytes(stdin: str | bytes) -> bytes:
   if isinstance(stdin, str):
     return stdin.encode("utf-8", "surrogatepass")
   return stdin
+
+
+def seed_digest(seed: int, trajectory: Trajectory, call_index: int) -> str:
+  """Returns the hex seed of one call, the same on every host and in every run.
+
+  Args:
+    seed: of the run.
+    trajectory: stable id of the rollout: a string, an int or a tuple of these.
+    call_index: of the call in its rollout.
+  """
+  text = f"{seed}\0{trajectory!r}\0{call_index}"
+  return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

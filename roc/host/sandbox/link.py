@@ -12,12 +12,16 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 
 from roc.host.sandbox import contract, keeper, scratch, wire
 
 _SEND_TIMEOUT_S = 20
 _CLOSE_TIMEOUT_S = 8.0
+_PING_AFTER_S = 2.0
+_DEAD_AFTER_S = 20.0
 _BOOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "boot.py")
 
 # All that a program finds in its environment; HOME and TMPDIR come per call.
@@ -45,6 +49,7 @@ class Link:
     self._socket = sock
     self._root = root
     self._unpacker = wire.Unpacker()
+    self._send_lock = threading.Lock()
     self._poll = select.poll()
     self._poll.register(sock, select.POLLIN)
     self.facts: dict = {}
@@ -138,7 +143,8 @@ class Link:
     Raises:
       OSError: the server is gone or has not read for many seconds.
     """
-    self._socket.sendall(wire.pack(message))
+    with self._send_lock:
+      self._socket.sendall(wire.pack(message))
 
   def receive(self, timeout_s: float) -> list[dict] | None:
     """Returns the messages that came, [] after the timeout, None at the end."""
@@ -149,6 +155,30 @@ class Link:
       return self._unpacker.feed(data) if data else None
     except (OSError, wire.WireError):
       return None
+
+  def results(self, is_waiting: Callable[[], bool | None]) -> Iterator[dict]:
+    """Yields result messages until the server is gone, or silent for too long.
+
+    Args:
+      is_waiting: True while a result is due, so that silence means something;
+        None to end.
+    """
+    heard = pinged = time.monotonic()
+    while (is_due := is_waiting()) is not None:
+      messages = self.receive(0.5)
+      now = time.monotonic()
+      if messages is None:
+        return
+      if messages or not is_due:
+        heard = now
+      elif now > heard + _DEAD_AFTER_S:
+        self.kill()
+        return
+      elif now > max(heard, pinged) + _PING_AFTER_S:
+        pinged = now
+        with contextlib.suppress(OSError):
+          self.send({"op": "ping"})
+      yield from (m for m in messages if m.get("op") == "result")
 
   def close(self) -> None:
     """Ends the server and everything below it; returns when it is over."""

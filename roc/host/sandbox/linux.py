@@ -135,6 +135,18 @@ def descendants(pid: int, at_most: int) -> list[int]:
   return found
 
 
+def tasks_of_user() -> int:
+  """Returns how many tasks this user has, as RLIMIT_NPROC counts them."""
+  n = 0
+  for name in os.listdir("/proc"):
+    try:
+      if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
+        n += len(os.listdir(f"/proc/{name}/task"))
+    except OSError:
+      continue
+  return n
+
+
 def kill_quietly(pid: int) -> None:
   """SIGKILLs a process; one that is gone or not ours is no error."""
   with contextlib.suppress(ProcessLookupError, PermissionError):

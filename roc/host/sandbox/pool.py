@@ -5,42 +5,23 @@ program does comes back as a `ToolResult`. A fault of the sandbox itself is
 INFRA, after one more try on a new server.
 """
 
-import base64
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import os
 import platform
 import sys
 import threading
 import time
+from collections.abc import Iterable
 
 from roc import layout
-from roc.host.sandbox import contract, link
-
-Future = concurrent.futures.Future[contract.ToolResult]
-Trajectory = str | int | tuple
+from roc.host.sandbox import calls, contract, figures, link
 
 _DEFAULT_LIMITS = contract.Limits()
-_PING_AFTER_S = 2.0
-_DEAD_AFTER_S = 20.0
 _RESTART_PAUSES_S = (0.0, 0.2, 1.0)
-
-
-@dataclasses.dataclass
-class _Call:
-  """A submitted call until its future has its result."""
-
-  id: int
-  message: dict
-  future: Future
-  submitted: float
-  sent: float = 0.0
-  retries: int = 0
-  is_cancelled: bool = False
 
 
 class Sandbox:
@@ -91,16 +72,14 @@ class Sandbox:
     self._start_timeout_s = start_timeout_s
     self._lock = threading.Lock()
     self._ids = itertools.count()
-    self._queue: collections.deque[_Call] = collections.deque()
-    self._sent: dict[int, _Call] = {}
+    self._queue: collections.deque[calls.Call] = collections.deque()
+    self._sent: dict[int, calls.Call] = {}
     self._link: link.Link | None = None
     self._pump: threading.Thread | None = None
     self._is_closing = False
     self._down_reason = ""
-    self._counts: collections.Counter[str] = collections.Counter()
+    self._figures = figures.Figures()
     self._restarts = 0
-    self._wall_ms: collections.deque[float] = collections.deque(maxlen=4096)
-    self._wait_ms: collections.deque[float] = collections.deque(maxlen=4096)
 
   # ---------------------------------------------------------------- lifecycle
 
@@ -138,7 +117,7 @@ class Sandbox:
     )
     self._pump.start()
     result = self.run("print(6 * 7)", limits=contract.Limits())
-    self._forget_figures()
+    self._figures = figures.Figures()  # the first call is nobody's
     if result.stdout != "42\n":
       self.close()
       raise contract.SandboxError(
@@ -152,10 +131,10 @@ class Sandbox:
     with self._lock:
       self._is_closing = True
       pump, server = self._pump, self._link
-      calls = [*self._queue, *self._sent.values()]
+      open_calls = [*self._queue, *self._sent.values()]
       self._queue.clear()
       self._sent.clear()
-    self._fail(calls, "the sandbox was closed")
+    self._fail(open_calls, "the sandbox was closed")
     if server is not None:
       server.close()
     if pump is not None and pump is not threading.current_thread():
@@ -170,10 +149,10 @@ class Sandbox:
     *,
     stdin: bytes | str = b"",
     tool: str = "python",
-    trajectory: Trajectory = "",
+    trajectory: contract.Trajectory = "",
     call_index: int = 0,
     limits: contract.Limits | None = None,
-  ) -> Future:
+  ) -> calls.Future:
     """Queues one program; returns the future of its result.
 
     Args:
@@ -186,7 +165,8 @@ class Sandbox:
 
     Returns:
       A future that never holds an exception. Code that cannot run at all is
-      REJECTED with a sentence for the model; a full queue is INFRA.
+      REJECTED with a sentence for the model; a full queue is INFRA. Its
+      callbacks run on the sandbox's own thread and must not wait for a call.
 
     Raises:
       ValueError: unknown tool.
@@ -201,7 +181,7 @@ class Sandbox:
         "the sandbox is not running: use `with Sandbox() as box:` or start()"
       )
     limits = limits or self._limits
-    future: Future = concurrent.futures.Future()
+    future: calls.Future = concurrent.futures.Future()
     why = contract.rejection(code, stdin, limits)
     if why is not None:
       self._resolve(
@@ -211,33 +191,25 @@ class Sandbox:
         ),
       )
       return future
-    data = base64.b64encode(contract.stdin_bytes(stdin)).decode("ascii")
-    call_id = next(self._ids)
-    message = {
-      "op": "call",
-      "id": call_id,
-      "code": code,
-      "stdin": data,
-      "limits": limits.to_json(),
-      "seed": seed_digest(self._seed, trajectory, call_index),
-    }
-    call = _Call(call_id, message, future, time.monotonic())
+    seed = contract.seed_digest(self._seed, trajectory, call_index)
+    new = calls.Call.new(next(self._ids), code, stdin, limits, seed, future)
     with self._lock:
-      refusal = self._down_reason
+      refusal = "the sandbox was closed" if self._is_closing else ""
+      refusal = refusal or self._down_reason
       if not refusal and len(self._queue) >= self._queue_size:
         refusal = f"the sandbox's queue is full ({self._queue_size} calls)"
       if not refusal:
-        self._queue.append(call)
+        self._queue.append(new)
         self._dispatch()
     if refusal:
-      self._fail([call], refusal)
+      self._fail([new], refusal)
     return future
 
   def run(self, code: str, **kw) -> contract.ToolResult:
     """Runs one program and returns its result; arguments as for `submit`."""
     return self.submit(code, **kw).result()
 
-  def cancel(self, future: Future) -> bool:
+  def cancel(self, future: calls.Future) -> bool:
     """Kills the call behind a future; its result becomes INFRA.
 
     Args:
@@ -247,21 +219,17 @@ class Sandbox:
       True when the call was queued or running, False when it was over.
     """
     with self._lock:
-      for call in self._queue:
-        if call.future is future:
-          self._queue.remove(call)
-          queued = call
-          break
-      else:
-        queued = None
-        for call in self._sent.values():
-          if call.future is future and self._link is not None:
-            call.is_cancelled = True
-            with contextlib.suppress(OSError):
-              self._link.send({"op": "cancel", "id": call.id})
-            return True
-    if queued is None:
-      return False
+      queued = _find(self._queue, future)
+      if queued is None:
+        running = _find(self._sent.values(), future)
+        if running is None:
+          return False
+        running.is_cancelled = True
+        with contextlib.suppress(OSError):
+          if self._link is not None:
+            self._link.send({"op": "cancel", "id": running.id})
+        return True
+      self._queue.remove(queued)
     self._fail([queued], "cancelled")
     return True
 
@@ -294,31 +262,17 @@ class Sandbox:
     return self._link.pid if self._link is not None else None
 
   def stats(self) -> dict:
-    """Returns counters since the start; percentiles over the last 4,096 calls.
+    """Returns the counters since the start, see `figures.Figures.snapshot`.
 
-    `calls`, `status` (name -> how many), `p50_ms` and `p99_ms` in the child,
-    `wait_p50_ms` and `wait_p99_ms` from submission to result less that,
-    `restarts`, `queued`, `running`.
+    Beside them `restarts`, `queued` and `running`.
     """
     with self._lock:
-      wall, wait = sorted(self._wall_ms), sorted(self._wait_ms)
       return {
-        "calls": sum(self._counts.values()),
-        "status": dict(self._counts),
-        "p50_ms": _quantile(wall, 0.5),
-        "p99_ms": _quantile(wall, 0.99),
-        "wait_p50_ms": _quantile(wait, 0.5),
-        "wait_p99_ms": _quantile(wait, 0.99),
+        **self._figures.snapshot(),
         "restarts": self._restarts,
         "queued": len(self._queue),
         "running": len(self._sent),
       }
-
-  def _forget_figures(self) -> None:
-    with self._lock:
-      self._counts.clear()
-      self._wall_ms.clear()
-      self._wait_ms.clear()
 
   # ----------------------------------------------------------------- internal
 
@@ -333,47 +287,31 @@ class Sandbox:
     Twice the workers: the next call is there when a worker gets free, and a
     dying server takes few calls with it.
     """
-    while self._queue and len(self._sent) < 2 * self._n_workers:
+    server = self._link  # None while a dead one is being replaced
+    while server and self._queue and len(self._sent) < 2 * self._n_workers:
       call = self._queue.popleft()
       is_first = call.retries == 0
       if is_first and not call.future.set_running_or_notify_cancel():
         continue
-      call.sent = time.monotonic()
       self._sent[call.id] = call
       # A broken socket is seen, and the call sent again, by the pump.
       with contextlib.suppress(OSError):
-        if self._link is not None:
-          self._link.send(call.message)
+        server.send(call.message)
 
   def _pump_results(self) -> None:
     """Thread: takes results; when the server dies, starts another one."""
     server = self._link
     while server is not None:
-      self._serve_until_end(server)
+      for message in server.results(self._is_waiting):
+        self._take(message)
       if self._is_closing:
         return
       server.close()
       server = self._restart()
 
-  def _serve_until_end(self, server: link.Link) -> None:
-    heard = pinged = time.monotonic()
-    while not self._is_closing:
-      messages = server.receive(0.5)
-      now = time.monotonic()
-      if messages is None:
-        return
-      if messages or not self._sent:
-        heard = now
-      elif now > heard + _DEAD_AFTER_S:
-        server.kill()
-        return
-      elif now > max(heard, pinged) + _PING_AFTER_S:
-        pinged = now
-        with self._lock, contextlib.suppress(OSError):
-          server.send({"op": "ping"})
-      for message in messages:
-        if message.get("op") == "result":
-          self._take(message)
+  def _is_waiting(self) -> bool | None:
+    """True while calls are out, None when the sandbox is being closed."""
+    return None if self._is_closing else bool(self._sent)
 
   def _take(self, message: dict) -> None:
     result = contract.ToolResult.from_json(message["result"])
@@ -423,53 +361,34 @@ class Sandbox:
       return None
     with self._lock:
       self._down_reason = reason
-      calls = list(self._queue)
+      left = list(self._queue)
       self._queue.clear()
-    self._fail(calls, reason)
+    self._fail(left, reason)
     return None
 
-  def _fail(self, calls: list[_Call], why: str) -> None:
-    for call in calls:
-      self._resolve(
-        call.future,
-        contract.ToolResult(
-          layout.ToolStatus.INFRA,
-          stderr=why,
-          tier=self.tier,
-          retries=call.retries,
-        ),
-      )
+  def _fail(self, failed: list[calls.Call], why: str) -> None:
+    for call in failed:
+      self._resolve(call.future, call.infra(why, self.tier))
 
   def _resolve(
-    self, future: Future, result: contract.ToolResult, waited_ms: float = 0.0
+    self,
+    future: calls.Future,
+    result: contract.ToolResult,
+    waited_ms: float = 0.0,
   ) -> None:
     """Counts and delivers a result; never under the lock (callbacks run)."""
     with self._lock:
-      self._counts[result.status.name.lower()] += 1
-      if result.wall_ms:
-        self._wall_ms.append(result.wall_ms)
-        self._wait_ms.append(max(0.0, waited_ms))
+      self._figures.add(result, waited_ms)
     # A future cancelled by its holder is done already.
     with contextlib.suppress(concurrent.futures.InvalidStateError):
       future.set_result(result)
-
-
-def seed_digest(seed: int, trajectory: Trajectory, call_index: int) -> str:
-  """Returns the hex seed of one call, the same on every host and in every run.
-
-  Args:
-    seed: of the run.
-    trajectory: stable id of the rollout: a string, an int or a tuple of these.
-    call_index: of the call in its rollout.
-  """
-  text = f"{seed}\0{trajectory!r}\0{call_index}"
-  return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def _is_linux() -> bool:
   return sys.platform.startswith("linux")
 
 
-def _quantile(ordered: list[float], q: float) -> float:
-  """Returns the q-quantile of a sorted list, 0.0 for an empty one."""
-  return ordered[int(q * (len(ordered) - 1))] if ordered else 0.0
+def _find(
+  among: Iterable[calls.Call], future: calls.Future
+) -> calls.Call | None:
+  return next((call for call in among if call.future is future), None)

@@ -6,36 +6,25 @@ its last process is dead, not when its main process is: the server adopts
 orphans, finds them by the call's tag and kills them before it answers.
 """
 
-import atexit
 import base64
 import collections
-import gc
-import importlib
 import os
 import select
 import signal
-import site
 import sys
 import time
 
 from roc import layout
-from roc.host.sandbox import child, contract, keeper, linux, running, wire
-
-# What programs of this kind import: forked warm, they cost nothing.
-PRELOAD = (
-  *("math", "cmath", "numbers", "fractions", "decimal", "random"),
-  *("statistics", "itertools", "functools", "operator", "collections"),
-  *("heapq", "bisect", "json", "re", "string", "textwrap", "datetime"),
-  *("copy", "dataclasses", "typing", "traceback"),
+from roc.host.sandbox import (
+  child,
+  contract,
+  image,
+  keeper,
+  linux,
+  running,
+  wire,
 )
-# One use of each fills the caches that every first use would fill again.
-_WARM_UP = {
-  "numpy": "import numpy; numpy.linalg.solve(numpy.eye(2), numpy.ones(2))",
-  "sympy": (
-    "import sympy; x = sympy.Symbol('x'); sympy.factor(x**2 - 1);"
-    " sympy.solve(x**2 - 2, x); sympy.simplify((x**2 - 1) / (x - 1))"
-  ),
-}
+
 _SWEEP_S = 0.25
 _PATIENCE_S = 2.0  # for a killed call's last process to be gone
 
@@ -89,17 +78,11 @@ class Server:
     linux.adopt_orphans()
     linux.forbid_new_privileges()
     linux.offer_to_oom_killer()
-    _open_streams()
     os.umask(0o077)
-    sys.path.extend(config["site_dirs"])
-    for name in PRELOAD + tuple(config["preload"]):
-      importlib.import_module(name)
-      exec(_WARM_UP.get(name, ""), {})
-    site.setquit()  # `exit()`, as in a plain script; `-S` left it out
-    site.sethelper()
-    self._library_dirs = _library_dirs()
+    image.load(config["site_dirs"], config["preload"])
+    self._library_dirs = image.library_dirs()
     self._base_bytes = linux.address_space_bytes()
-    self._n_tasks = _n_tasks_of_user()
+    self._n_tasks = linux.tasks_of_user()
     self._next_tag = linux.first_tag()
     self._arm()
     self._send(
@@ -110,10 +93,7 @@ class Server:
         "base_mb": self._base_bytes >> 20,
       }
     )
-    atexit._clear()  # a child runs its own handlers, not the server's
-    _forget_packages()
-    gc.collect()
-    gc.freeze()  # children share these pages instead of copying them
+    image.freeze()
 
   def _first_message(self) -> dict:
     while True:
@@ -373,19 +353,6 @@ class Server:
 # ------------------------------------------------------------------- helpers
 
 
-def _open_streams() -> None:
-  """Makes the streams that every child inherits, see `child.open_streams`."""
-  log = os.dup(2)
-  read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-  os.dup2(write_fd, 1)
-  os.dup2(write_fd, 2)
-  child.open_streams()
-  os.dup2(log, 1)
-  os.dup2(log, 2)
-  for fd in (log, read_fd, write_fd):
-    os.close(fd)
-
-
 def _drain(fd: int) -> None:
   try:
     while os.read(fd, 4096):
@@ -413,27 +380,3 @@ def _discard(scratch: str, trash: str) -> None:
   except OSError:
     os.chmod(scratch, 0o700)
     os.rename(scratch, os.path.join(trash, os.path.basename(scratch)))
-
-
-def _library_dirs() -> list[str]:
-  """Directories whose names a traceback must not show."""
-  dirs = [p for p in sys.path if os.path.isabs(p)]
-  return [*dirs, sys.prefix, sys.base_prefix]
-
-
-def _n_tasks_of_user() -> int:
-  """How many tasks this user has, as RLIMIT_NPROC counts them."""
-  n = 0
-  for name in os.listdir("/proc"):
-    try:
-      if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
-        n += len(os.listdir(f"/proc/{name}/task"))
-    except OSError:
-      continue
-  return n
-
-
-def _forget_packages() -> None:
-  """Programs do not see the sandbox's own modules by importing them."""
-  for name in [n for n in sys.modules if n.split(".")[0] == "roc"]:
-    del sys.modules[name]
