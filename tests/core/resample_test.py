@@ -44,10 +44,43 @@ def groups(n_groups, n_drawn, seed=0, void_share=0.0):
 @functools.partial(
   jax.jit, static_argnames=("mode", "n_keep", "min_pos", "min_neg")
 )
-def run(mode, key, outcome, p, ids=None, group_id=None, **kwargs):
-  """The resampler under jit, as the train step calls it."""
+def jitted(mode, key, outcome, p, ids, group_id, eps, n_keep, min_pos, min_neg):
   return resample.resample(
-    mode, key, outcome, p, rollout_id_NO=ids, group_id_N=group_id, **kwargs
+    mode,
+    key,
+    outcome,
+    p,
+    n_keep=n_keep,
+    min_pos=min_pos,
+    min_neg=min_neg,
+    eps=eps,
+    rollout_id_NO=ids,
+    group_id_N=group_id,
+  )
+
+
+def run(
+  mode,
+  outcome,
+  p,
+  ids=None,
+  group_id=None,
+  *,
+  key=0,
+  eps=0.1,
+  n_keep=8,
+  min_pos=1,
+  min_neg=1,
+):
+  """The resampler under jit; one signature, so that compilations are shared."""
+  n_groups, n_drawn = outcome.shape
+  if ids is None:
+    ids = np.tile(np.arange(n_drawn, dtype=np.int32), (n_groups, 1))
+  if group_id is None:
+    group_id = np.arange(n_groups, dtype=np.int32)
+  key = jax.random.key(key)
+  return jitted(
+    mode, key, outcome, p, ids, group_id, eps, n_keep, min_pos, min_neg
   )
 
 
@@ -152,7 +185,6 @@ def test_golden_kept_counts(case):
   outcome = (np.arange(n) < n_pos[:, None]).astype(np.int8)
   keep = run(
     "sort",
-    None,
     outcome,
     np.zeros(outcome.shape, np.float32),
     n_keep=k,
@@ -176,7 +208,6 @@ def test_golden_selections(index):
   p = penalties(calls, n_answers, np.ones((1, n), np.int32))
   keep = run(
     "sort",
-    None,
     np.array([case["reward"]], np.int8),
     p.p_total_NO,
     n_keep=case["k"],
@@ -215,21 +246,21 @@ def slow_sort(outcome, p, ids, n_keep, min_pos, min_neg):
 def test_sort_agrees_with_a_slow_reference(n_drawn, n_keep, minimum):
   outcome, p, ids = groups(200, n_drawn, seed=n_drawn, void_share=0.2)
   sizes = {"n_keep": n_keep, "min_pos": minimum, "min_neg": minimum}
-  keep = run("sort", None, outcome, p, ids, **sizes)
+  keep = run("sort", outcome, p, ids, **sizes)
   np.testing.assert_array_equal(keep, slow_sort(outcome, p, ids, **sizes))
 
 
 def test_odd_group_where_the_release_stops_with_an_assertion():
   # 14 -> 7 with 7 correct: both sides round 3.5 to 4.
   outcome = np.array([[1] * 7 + [0] * 7], np.int8)
-  keep = run("sort", None, outcome, np.zeros((1, 14), np.float32), n_keep=7)
+  keep = run("sort", outcome, np.zeros((1, 14), np.float32), n_keep=7)
   assert keep[0, :7].sum() == 4
   assert keep[0, 7:].sum() == 3
 
 
 def test_sort_never_raises_the_mean_penalty_of_positives():
   outcome, p, ids = groups(100, 16, seed=3)
-  keep = np.asarray(run("sort", None, outcome, p, ids, n_keep=8))
+  keep = np.asarray(run("sort", outcome, p, ids, n_keep=8))
   for n in range(100):
     is_pos = outcome[n] == CORRECT
     if (keep[n] & is_pos).any():
@@ -254,11 +285,10 @@ def test_inverse_quotas_are_floor_and_ceil(n_pos):
 
 
 def test_paper_quota_alone_would_lose_the_only_negative():
-  outcome = np.array([[1] * 31 + [0]], np.int8)
-  p = np.zeros((1, 32), np.float32)
-  key = jax.random.key(0)
-  assert run("inverse", key, outcome, p, n_keep=16, min_neg=1)[0, 31]
-  assert not run("inverse", key, outcome, p, n_keep=16, min_neg=0)[0, 31]
+  outcome = np.array([[1] * 15 + [0]] * 40, np.int8)
+  p = np.zeros((40, 16), np.float32)
+  assert run("inverse", outcome, p, min_neg=1)[:, 15].all()
+  assert not run("inverse", outcome, p, min_neg=0)[:, 15].any()
 
 
 def chi_square(counts, expected):
@@ -273,12 +303,7 @@ def test_inverse_frequencies_follow_the_weights():
   p_total = np.tile(np.concatenate([p, np.zeros(4)]), (n_draws, 1))
   keep = np.asarray(
     run(
-      "inverse",
-      jax.random.key(1),
-      outcome,
-      p_total.astype(np.float32),
-      n_keep=4,
-      eps=eps,
+      "inverse", outcome, p_total.astype(np.float32), key=1, n_keep=4, eps=eps
     )
   )
   assert np.isfinite(keep).all()
@@ -304,19 +329,19 @@ def test_uniform_is_blind_to_outcome_and_penalty():
   n_draws = 8000
   outcome = np.tile(np.array([1, 1, 0, 0, 0, 0], np.int8), (n_draws, 1))
   p = np.tile(np.linspace(0, 2, 6, dtype=np.float32), (n_draws, 1))
-  keep = np.asarray(run("uniform", jax.random.key(2), outcome, p, n_keep=3))
+  keep = np.asarray(run("uniform", outcome, p, key=2, n_keep=3))
   np.testing.assert_array_equal(keep.sum(-1), 3)
   # Standard deviation of each frequency: sqrt(0.25 / 8000) = 0.0056.
   np.testing.assert_allclose(keep.mean(0), 0.5, atol=0.025)
 
 
 def test_a_small_eps_approaches_sort():
-  outcome = np.tile(np.array([1] * 6 + [0] * 2, np.int8), (500, 1))
-  p = np.tile(np.array([0, 1, 0, 1, 0, 1, 0, 0], np.float32), (500, 1))
+  outcome = np.tile(np.array([1] * 12 + [0] * 4, np.int8), (40, 1))
+  p = np.tile(np.array([0, 1] * 6 + [0] * 4, np.float32), (40, 1))
   dirty = []
   for eps in (1.0, 0.1, 1e-6):
-    keep = run("inverse", jax.random.key(0), outcome, p, n_keep=4, eps=eps)
-    dirty.append(int(keep[:, [1, 3, 5]].sum()))
+    keep = run("inverse", outcome, p, eps=eps)
+    dirty.append(int(keep[:, 1:12:2].sum()))
   assert dirty[0] > dirty[1] > dirty[2] == 0
 
 
@@ -325,8 +350,8 @@ def test_a_small_eps_approaches_sort():
 
 @pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
 def test_exactly_n_keep_or_dropped_and_never_void(mode):
-  outcome, p, ids = groups(300, 12, seed=5, void_share=0.35)
-  keep = np.asarray(run(mode, jax.random.key(0), outcome, p, ids, n_keep=8))
+  outcome, p, ids = groups(40, 16, seed=5, void_share=0.45)
+  keep = np.asarray(run(mode, outcome, p, ids))
   n_eligible = (outcome != VOID).sum(-1)
   assert (n_eligible < 8).any() and (n_eligible >= 8).any()
   np.testing.assert_array_equal(keep.sum(-1), np.where(n_eligible >= 8, 8, 0))
@@ -335,12 +360,12 @@ def test_exactly_n_keep_or_dropped_and_never_void(mode):
 
 @pytest.mark.parametrize("mode", ["sort", "inverse"])
 def test_both_signs_survive_wherever_both_were(mode):
-  n_pos = np.arange(1, 32)
-  outcome = (np.arange(32) < n_pos[:, None]).astype(np.int8)
+  n_pos = np.arange(40) % 15 + 1
+  outcome = (np.arange(16) < n_pos[:, None]).astype(np.int8)
   # The single positive is as dirty as can be.
   p = np.where(outcome == CORRECT, 2.0, 0.0).astype(np.float32)
-  for n_keep in (16, 15, 2):
-    keep = run(mode, jax.random.key(0), outcome, p, n_keep=n_keep)
+  for n_keep in (8, 7, 2):
+    keep = run(mode, outcome, p, n_keep=n_keep)
     assert (keep & (outcome == CORRECT)).any(-1).all()
     assert (keep & (outcome == WRONG)).any(-1).all()
 
@@ -348,51 +373,38 @@ def test_both_signs_survive_wherever_both_were(mode):
 @pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
 @pytest.mark.parametrize("sign", [WRONG, CORRECT])
 def test_a_group_of_one_sign_keeps_n_keep_of_it(mode, sign):
-  outcome = np.full((3, 8), sign, np.int8)
-  p = np.ones((3, 8), np.float32)
-  keep = run(mode, jax.random.key(0), outcome, p, n_keep=4, min_pos=2)
-  np.testing.assert_array_equal(keep.sum(-1), 4)
+  outcome = np.full((40, 16), sign, np.int8)
+  keep = run(mode, outcome, np.ones((40, 16), np.float32))
+  np.testing.assert_array_equal(keep.sum(-1), 8)
 
 
 @pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
 def test_permuting_rollouts_and_groups_permutes_the_result(mode):
-  outcome, p, ids = groups(20, 16, seed=7, void_share=0.1)
-  group_id = np.arange(100, 120, dtype=np.int32)
-  key = jax.random.key(3)
-  keep = np.asarray(run(mode, key, outcome, p, ids, group_id, n_keep=8))
+  outcome, p, ids = groups(40, 16, seed=7, void_share=0.1)
+  group_id = np.arange(100, 140, dtype=np.int32)
+  keep = np.asarray(run(mode, outcome, p, ids, group_id))
   rng = np.random.default_rng(0)
-  rows, cols = rng.permutation(20), rng.permutation(16)
+  rows, cols = rng.permutation(40), rng.permutation(16)
   shuffle = lambda x: x[rows][:, cols]
-  again = run(
-    mode,
-    key,
-    shuffle(outcome),
-    shuffle(p),
-    shuffle(ids),
-    group_id[rows],
-    n_keep=8,
-  )
+  again = run(mode, shuffle(outcome), shuffle(p), shuffle(ids), group_id[rows])
   np.testing.assert_array_equal(again, shuffle(keep))
 
 
 @pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
 def test_padding_rollouts_and_groups_is_inert(mode):
-  outcome, p, ids = groups(6, 10, seed=8)
-  key = jax.random.key(3)
-  keep = np.asarray(run(mode, key, outcome, p, ids, n_keep=5))
+  outcome, p, ids = groups(40, 16, seed=8)
+  keep = np.asarray(run(mode, outcome, p, ids))
   wide = lambda x, fill: np.pad(x, ((0, 2), (0, 3)), constant_values=fill)
-  padded = run(
-    mode, key, wide(outcome, VOID), wide(p, np.nan), wide(ids, 0), n_keep=5
-  )
-  np.testing.assert_array_equal(padded[:6, :10], keep)
-  assert not padded[6:].any() and not padded[:, 10:].any()
+  padded = run(mode, wide(outcome, VOID), wide(p, np.nan), wide(ids, 0))
+  np.testing.assert_array_equal(padded[:40, :16], keep)
+  assert not padded[40:].any() and not padded[:, 16:].any()
 
 
 @pytest.mark.parametrize("mode", RANDOM_MODES)
 def test_neighbours_do_not_matter_but_key_and_group_do(mode):
   outcome, p, ids = groups(40, 16, seed=9)
   ask = lambda key, group_id: np.asarray(
-    run(mode, jax.random.key(key), outcome, p, ids, group_id, n_keep=8)
+    run(mode, outcome, p, ids, group_id, key=key)
   )
   group_id = np.arange(40, dtype=np.int32)
   keep = ask(0, group_id)
@@ -405,32 +417,29 @@ def test_neighbours_do_not_matter_but_key_and_group_do(mode):
 
 @pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
 def test_jit_equals_eager_and_eight_devices_equal_one(mode):
-  outcome, p, ids = groups(16, 12, seed=10, void_share=0.1)
-  key, group_id = jax.random.key(4), np.arange(16, dtype=np.int32)
+  outcome, p, ids = groups(40, 16, seed=10, void_share=0.1)
+  group_id = np.arange(40, dtype=np.int32)
   eager = resample.resample(
     mode,
-    key,
+    jax.random.key(0),
     jnp.array(outcome),
     jnp.array(p),
-    n_keep=6,
+    n_keep=8,
     rollout_id_NO=jnp.array(ids),
     group_id_N=jnp.array(group_id),
   )
-  one = run(mode, key, outcome, p, ids, group_id, n_keep=6)
+  one = run(mode, outcome, p, ids, group_id)
   np.testing.assert_array_equal(one, eager)
   mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  put = lambda x: jax.device_put(x, split)
-  spread = run(
-    mode, key, put(outcome), put(p), put(ids), put(group_id), n_keep=6
-  )
+  spread = run(mode, *jax.device_put((outcome, p, ids, group_id), split))
   assert len(spread.sharding.device_set) == 8
   np.testing.assert_array_equal(spread, eager)
 
 
 def test_none_keeps_all_that_are_not_void():
   outcome = np.array([[0, 1, 2, 1]], np.int8)
-  keep = run("none", None, outcome, np.zeros((1, 4), np.float32), n_keep=4)
+  keep = run("none", outcome, np.zeros((1, 4), np.float32), n_keep=4)
   np.testing.assert_array_equal(keep, [[True, True, False, True]])
 
 
@@ -488,10 +497,10 @@ def test_take_kept_is_ascending_and_says_what_is_filled():
 
 
 def test_take_kept_round_trips_a_selection():
-  outcome, p, ids = groups(30, 16, seed=11)
-  keep = run("inverse", jax.random.key(0), outcome, p, ids, n_keep=8)
+  outcome, p, ids = groups(40, 16, seed=11)
+  keep = run("inverse", outcome, p, ids)
   index, is_filled = jax.jit(resample.take_kept, static_argnums=1)(keep, 8)
   assert bool(is_filled.all())
-  back = np.zeros((30, 16), bool)
+  back = np.zeros((40, 16), bool)
   np.put_along_axis(back, np.asarray(index), True, axis=1)
   np.testing.assert_array_equal(back, keep)
