@@ -88,11 +88,12 @@ class Engine:
     self._stop_ids = tuple(int(i) for i in stop_ids)
     self._params: model_lib.Params | None = None
     self._free = list(range(config.n_slots))[::-1]
-    self._budget = {}
-    self._used = {}
     self._append = jax.jit(self._append_fn, donate_argnums=1)
     self._decode = jax.jit(self._decode_fn, donate_argnums=1)
-    self._state = self._empty_state()
+    # Committed, like the weights, and so is all that the host writes into it:
+    # jit compiles once more for every other placement of its arguments.
+    self._device = jax.local_devices()[0]
+    self._state = jax.device_put(self._empty_state(), self._device)
 
   @property
   def n_free(self) -> int:
@@ -108,15 +109,18 @@ class Engine:
     """
     if len(self._free) != self.config.n_slots:
       raise RuntimeError("set_params while rollouts are in flight")
-    self._params = jax.device_put(params, jax.local_devices()[0])
+    self._params = jax.device_put(params, self._device)
 
   def submit(self, requests: Sequence[Request]) -> list[int]:
     """Starts rollouts; returns the slot of each.
 
     Raises:
+      RuntimeError: no parameters yet.
       ValueError: more requests than free slots, an empty prompt, or a prompt
         and budget that exceed the cache.
     """
+    if self._params is None:
+      raise RuntimeError("set_params comes before submit")
     if len(requests) > len(self._free):
       raise ValueError(f"{len(requests)} requests for {len(self._free)} slots")
     for r in requests:
@@ -133,12 +137,7 @@ class Engine:
       length_S[slot] = 0
       budget_S[slot] = r.budget
       key_S2[slot] = r.key
-    self._state = dataclasses.replace(
-      self._state,
-      length_S=jnp.asarray(length_S),
-      budget_S=jnp.asarray(budget_S),
-      key_S2=jnp.asarray(key_S2),
-    )
+    self._write(length_S=length_S, budget_S=budget_S, key_S2=key_S2)
     self._feed(
       {s: list(r.prompt) for s, r in zip(slots, requests, strict=True)}
     )
@@ -160,9 +159,7 @@ class Engine:
         )
       budget_S[slot] -= len(ids)
       feed[slot] = [int(pending_S[slot]), *ids]
-    self._state = dataclasses.replace(
-      self._state, budget_S=jnp.asarray(budget_S)
-    )
+    self._write(budget_S=budget_S)
     self._feed(feed)
 
   def decode(self) -> dict[int, Drawn]:
@@ -192,9 +189,7 @@ class Engine:
     """Frees slots, running or not."""
     is_running_S = np.array(self._state.is_running_S)
     is_running_S[list(slots)] = False
-    self._state = dataclasses.replace(
-      self._state, is_running_S=jnp.asarray(is_running_S)
-    )
+    self._write(is_running_S=is_running_S)
     self._free.extend(slots)
 
   # -- inside ---------------------------------------------------------------
@@ -213,14 +208,18 @@ class Engine:
       is_running_S=jnp.zeros(c.n_slots, bool),
     )
 
+  def _write(self, **fields: np.ndarray) -> None:
+    """Replaces fields of the state from the host."""
+    self._state = dataclasses.replace(
+      self._state, **jax.device_put(fields, self._device)
+    )
+
   def _host_copy(self) -> tuple[np.ndarray, ...]:
     s = self._state
     return tuple(np.array(x) for x in (s.length_S, s.budget_S, s.key_S2))
 
   def _feed(self, ids_by_slot: dict[int, list[int]]) -> None:
     """Caches all but the last id of each slot; the last becomes pending."""
-    if self._params is None:
-      raise RuntimeError("set_params comes before submit")
     P = self.config.extend_chunk
     S = self.config.n_slots
     longest = max((len(ids) for ids in ids_by_slot.values()), default=0) - 1
@@ -239,11 +238,7 @@ class Engine:
     for slot, ids in ids_by_slot.items():
       pending_S[slot] = ids[-1]
       is_running_S[slot] = budget_S[slot] > 0
-    self._state = dataclasses.replace(
-      self._state,
-      pending_S=jnp.asarray(pending_S),
-      is_running_S=jnp.asarray(is_running_S),
-    )
+    self._write(pending_S=pending_S, is_running_S=is_running_S)
 
   def _append_fn(self, params, state: SlotState, tokens_SP, n_S) -> SlotState:
     _, cache = self.policy.append(
