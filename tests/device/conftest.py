@@ -11,7 +11,7 @@ from roc.device import model
 def sharpen(params):
   """Larger embeddings, so that logits of fresh weights differ by several."""
   embedding = params["embed"]["embedding"]
-  return params | {"embed": {"embedding": embedding * 20.0}}
+  return params | {"embed": {"embedding": embedding * 6.0}}
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,125 @@
+"""Draws follow the softmax, each from its own stream."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from roc.device import sampling
+
+V = 8
+B = 20_000
+# The value that chi-square with 7 degrees of freedom exceeds once in 10,000.
+CHI2_7 = 29.88
+
+LOGITS_V = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, 1.5, -2.0], np.float32)
+
+
+@pytest.fixture(scope="module")
+def keys_B2():
+  return sampling.rollout_keys(3, 1, jnp.arange(B) % 50, jnp.arange(B) // 50)
+
+
+def draw(keys_B2, index=0, **how):
+  run = jax.jit(functools.partial(sampling.sample, **how))
+  n = len(keys_B2)
+  token_B, logp_B = run(
+    jnp.broadcast_to(LOGITS_V[None], (n, V)), keys_B2, jnp.full(n, index)
+  )
+  assert token_B.dtype == jnp.int32 and logp_B.dtype == jnp.float32
+  return np.asarray(token_B), np.asarray(logp_B)
+
+
+def softmax(x):
+  p = np.exp(x - x.max())
+  return p / p.sum()
+
+
+def chi_square(token_B, p_V):
+  expected_V = p_V * len(token_B)
+  counts_V = np.bincount(token_B, minlength=len(p_V))
+  return np.sum((counts_V - expected_V) ** 2 / expected_V)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_frequencies_and_logps(keys_B2, temperature):
+  p_V = softmax(LOGITS_V / temperature)
+  token_B, logp_B = draw(keys_B2, temperature=temperature)
+  assert chi_square(token_B, p_V) < CHI2_7
+  # The test has power: another temperature's distribution fails it.
+  assert chi_square(token_B, softmax(LOGITS_V / (temperature * 1.2))) > 60
+  np.testing.assert_allclose(logp_B, np.log(p_V)[token_B], atol=1e-5)
+
+
+def test_positions_draw_independently(keys_B2):
+  """The same rollout at two positions: joint frequencies are the product."""
+  a_B, _ = draw(keys_B2, index=4, temperature=1.0)
+  b_B, _ = draw(keys_B2, index=5, temperature=1.0)
+  p_V = softmax(LOGITS_V)
+  expected_VV = np.outer(p_V, p_V) * B
+  counts_VV = np.zeros((V, V))
+  np.add.at(counts_VV, (a_B, b_B), 1)
+  chi2 = np.sum((counts_VV - expected_VV) ** 2 / expected_VV)
+  assert chi2 < 111.0  # 63 degrees of freedom, once in 10,000
+
+
+def test_greedy_takes_the_likeliest(keys_B2):
+  token_B, logp_B = draw(keys_B2[:5], temperature=0.0)
+  np.testing.assert_array_equal(token_B, 0)
+  np.testing.assert_allclose(logp_B, np.log(softmax(LOGITS_V)[0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("how", "kept"),
+  [
+    ({"top_k": 1}, {0}),
+    ({"top_k": 3}, {0, 6, 1}),
+    # Sorted shares: .44 .27 .16 .10 ...: .44 < .6 <= .71.
+    ({"top_p": 0.4}, {0}),
+    ({"top_p": 0.6}, {0, 6}),
+    ({"top_p": 0.72}, {0, 6, 1}),
+    ({"top_k": 2, "top_p": 0.99}, {0, 6}),
+    ({"top_p": 1e-9}, {0}),
+    ({"top_k": V, "top_p": 1.0}, set(range(V))),
+  ],
+)
+def test_restriction(keys_B2, how, kept):
+  token_B, logp_B = draw(keys_B2[:4000], temperature=1.0, **how)
+  assert set(token_B.tolist()) == kept
+  kept = sorted(kept)
+  p = np.zeros(V)
+  p[kept] = softmax(LOGITS_V[kept])
+  np.testing.assert_allclose(logp_B, np.log(p[token_B]), atol=1e-5)
+
+
+def test_rows_are_restricted_apart():
+  logits_BV = np.stack([LOGITS_V, LOGITS_V[::-1]])
+  got_BV = np.asarray(sampling.restrict(jnp.asarray(logits_BV), 2, 1.0))
+  np.testing.assert_array_equal(got_BV > -1e29, logits_BV >= 1.5)
+
+
+def test_keys_are_distinct_and_stable():
+  task_B, rollout_B = (
+    jnp.repeat(jnp.arange(40), 40),
+    jnp.tile(jnp.arange(40), 40),
+  )
+  seen = set()
+  for seed, step in ((0, 1), (0, 2), (1, 1)):
+    keys_B2 = np.asarray(sampling.rollout_keys(seed, step, task_B, rollout_B))
+    assert keys_B2.dtype == np.uint32 and keys_B2.shape == (1600, 2)
+    seen |= {tuple(k) for k in keys_B2.tolist()}
+  assert len(seen) == 3 * 1600
+  # A rollout's key does not know who else is in its batch.
+  alone = sampling.rollout_keys(1, 1, task_B[777:778], rollout_B[777:778])
+  np.testing.assert_array_equal(alone[0], keys_B2[777])
+
+
+def test_stream_is_pinned():
+  """Changing how keys are folded would change every run that is resumed."""
+  keys_B2 = sampling.rollout_keys(7, 3, jnp.array([11]), jnp.array([5]))
+  key = jax.random.key(7)
+  for part in (3, 11, 5):
+    key = jax.random.fold_in(key, part)
+  np.testing.assert_array_equal(keys_B2[0], jax.random.key_data(key))
