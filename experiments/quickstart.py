@@ -43,8 +43,8 @@ def get_config(variant: str = ""):
   c.sampling.n_slots = 64
   c.sampling.chunk = 8
   c.sampling.extend_chunk = 16
-  c.sampling.cache_length = 192
-  c.sampling.max_tokens = 160
+  c.sampling.cache_length = 160
+  c.sampling.max_tokens = 128
   c.sampling.max_turns = 6
   c.sampling.max_calls = 6
 
@@ -64,7 +64,7 @@ def get_config(variant: str = ""):
   c.train.prompts = 16
   c.train.lr = 2e-4
   c.train.warmup = 3
-  c.train.buckets = (96, 128, 160, 192)
+  c.train.buckets = (96, 112, 128, 160)
   c.eval.every = 10
   c.eval.n_problems = 256
 
@@ -95,7 +95,7 @@ def shrink(c) -> None:
   c.train.steps = 4
   c.train.prompts = 2
   c.train.warmup = 1
-  c.train.buckets = (192,)
+  c.train.buckets = (128,)
   c.eval.every = 2
   c.eval.n_problems = 8
   c.checkpoint.every = 1

@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import rich.console
 
 from roc import config as config_lib
-from roc import config_checks, errors, rollout, wiring
+from roc import config_checks, errors, rollout, runlog, wiring
 from roc.device import checkpoint, engine, model, sampling, sharding
+from roc.device import step as step_lib
 from roc.host import tools
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
@@ -74,6 +76,39 @@ def started_sandbox(host: wiring.HostParts) -> Iterator[Any]:
     yield sandbox
   finally:
     sandbox.close()
+
+
+def say(text: str) -> None:
+  """Prints a line as it is: no markup, no wrapping."""
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  console.print(text, markup=False)
+
+
+def claim(
+  cfg: config_lib.Config,
+  host: wiring.HostParts,
+  workdir: pathlib.Path,
+  program: str,
+) -> runlog.Run:
+  """Makes `workdir` this run's own (`runlog.claim`)."""
+  return runlog.claim(
+    workdir,
+    program,
+    config_json=config_lib.to_json(cfg),
+    gin_text=host.gin_text,
+    identity=config_lib.identity(cfg, program),
+  )
+
+
+def first_state(
+  cfg: config_lib.Config, learner: step_lib.Learner
+) -> step_lib.TrainState:
+  """Parameters of `init_from`, or fresh ones, with a fresh optimizer."""
+  if not cfg.init_from:
+    return learner.init(jax.random.key(cfg.seed))
+  params, where = load_params(cfg.init_from, learner.abstract_state.params)
+  say(where)
+  return learner.start_from(params)
 
 
 def load_params(source: str, abstract_params: Any) -> tuple[Any, str]:

@@ -168,8 +168,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   policy = build.make_policy(cfg, host)
   abstract = build.abstract_params(policy, build.make_mesh(cfg))
   params, where = build.load_params(str(workdir), abstract)
-  console = rich.console.Console(highlight=False)
-  console.print(where, markup=False)
+  build.say(where)
   n_all = cfg.eval.n_problems * cfg.eval.samples
   with (
     build.started_sandbox(host) as sandbox,
@@ -184,5 +183,5 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   table = rich.table.Table("metric", "value")
   for name, value in row.items():
     table.add_row(name, f"{value:.4g}")
-  console.print(table)
-  console.print(f"written: {workdir / 'eval.json'}", markup=False)
+  rich.console.Console(highlight=False).print(table)
+  build.say(f"written: {workdir / 'eval.json'}")

@@ -9,7 +9,6 @@ import pathlib
 
 import jax
 import numpy as np
-import rich.console
 
 from roc import build, runlog, wiring
 from roc import config as config_lib
@@ -40,38 +39,23 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     step_lib.sft_loss(policy, cfg.loss.logprob_chunk),
     mesh,
   )
-  claim = runlog.claim(
-    workdir,
-    "sft",
-    config_json=config_lib.to_json(cfg),
-    gin_text=host.gin_text,
-    identity=config_lib.identity(cfg, "sft"),
-  )
+  claim = build.claim(cfg, host, workdir, "sft")
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", keep=cfg.checkpoint.keep
   )
-  console = rich.console.Console(highlight=False)
   with claim:
     # ---------------------------------------------------------- restore
     restored = checkpoints.restore(learner.abstract_state)
     for note in checkpoints.notes:
-      console.print(note, markup=False)
+      build.say(note)
     start = restored.step if restored else 0
     if start >= cfg.sft.steps:
-      console.print(f"{workdir}: all {start} steps are done", markup=False)
+      build.say(f"{workdir}: all {start} steps are done")
       return
     episodes = _demonstrations(cfg, host, workdir, claim)
     rows = pack.pack_sft(episodes, cfg.sft.length)
-    if restored:
-      state = restored.state
-    elif cfg.init_from:
-      params, where = build.load_params(
-        cfg.init_from, learner.abstract_state.params
-      )
-      console.print(where, markup=False)
-      state = learner.start_from(params)
-    else:
-      state = learner.init(jax.random.key(cfg.seed))
+    first = build.first_state(cfg, learner)
+    state = restored.state if restored else first
 
     # ------------------------------------------------------------- loop
     weights_of = jax.jit(step_lib.sft_weights)

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 
-from roc import build, evaluate, runlog, wiring
+from roc import build, curves, evaluate, runlog, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -27,6 +26,7 @@ from roc.device import checkpoint, optim, selection
 from roc.device import step as step_lib
 from roc.host import episode as episode_lib
 from roc.host import pack, tools, traces
+from roc.host import tokenizer as tokenizer_lib
 
 # Salt of the filter's random stream, apart from those of sampling.
 _FILTER_STREAM = 1
@@ -212,17 +212,10 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     errors.UserError: bad input, before any work starts.
   """
   # ------------------------------------------------------------- parts
-  console = rich.console.Console(highlight=False)
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   learner = make_learner(cfg, policy)
-  claim = runlog.claim(
-    workdir,
-    "train",
-    config_json=config_lib.to_json(cfg),
-    gin_text=host.gin_text,
-    identity=config_lib.identity(cfg, "train"),
-  )
+  claim = build.claim(cfg, host, workdir, "train")
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", keep=cfg.checkpoint.keep
   )
@@ -233,64 +226,63 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     # ------------------------- where from: own checkpoint, init_from, nothing
     restored = checkpoints.restore(learner.abstract_state)
     for note in checkpoints.notes:
-      console.print(note, markup=False)
+      build.say(note)
     start = restored.step if restored else 0
     if start >= cfg.train.steps:
-      console.print(f"{workdir}: all {start} steps are done", markup=False)
+      build.say(f"{workdir}: all {start} steps are done")
       return
-    first = _first_state(cfg, learner, console)
+    first = build.first_state(cfg, learner)
     trainer.set_reference(first.params)
     state = restored.state if restored else first
     if restored:
       trainer.cursor = Cursor(**restored.extra["cursor"])
-      console.print(f"going on after step {start}", markup=False)
+      build.say(f"going on after step {start}")
 
-    # ------------------------------------------------------------- loop
-    with (
-      runlog.MetricsLog(
-        workdir,
-        restored_step=restored.step if restored else None,
-        tensorboard=cfg.log.tensorboard,
-      ) as log,
-      progress_lib.Progress(
-        "train", cfg.train.steps, start=start, is_shown=cfg.log.progress
-      ) as bar,
-    ):
-      if not restored:
+    _loop(trainer, workdir, checkpoints, state, start, host.tokenizer)
+    build.say(curves.time_split(curves.read(workdir / runlog.METRICS)))
+
+
+def _loop(
+  trainer: Trainer,
+  workdir: pathlib.Path,
+  checkpoints: checkpoint.Checkpoints,
+  state: step_lib.TrainState,
+  start: int,
+  tokenizer: tokenizer_lib.Tokenizer,
+) -> None:
+  """Steps start + 1 to the last: train, evaluate, write down, save."""
+  cfg = trainer.cfg
+  n_steps, saved_step = cfg.train.steps, start or None
+  with (
+    runlog.MetricsLog(
+      workdir, restored_step=saved_step, tensorboard=cfg.log.tensorboard
+    ) as log,
+    progress_lib.Progress(
+      "train", n_steps, start=start, is_shown=cfg.log.progress
+    ) as bar,
+  ):
+    if not start:
+      bar.phase("evaluation")
+      row, groups = trainer.evaluator.run(state.params)
+      log.write(0, row)
+      traces.write(traces.path_of(workdir, 0), groups, tokenizer)
+      bar.update(0, row)
+    for step in range(start + 1, n_steps + 1):
+      state, row, groups = trainer.step(state, step, bar)
+      is_last = step == n_steps
+      if is_last or _is_due(step, cfg.log.traces_every, first=1):
+        traces.write(traces.path_of(workdir, step), groups, tokenizer)
+      if is_last or _is_due(step, cfg.eval.every):
         bar.phase("evaluation")
-        row, groups = trainer.evaluator.run(state.params)
-        log.write(0, row)
-        traces.write(traces.path_of(workdir, 0), groups, host.tokenizer)
-        bar.update(0, row)
-      for step in range(start + 1, cfg.train.steps + 1):
-        state, row, groups = trainer.step(state, step, bar)
-        is_last = step == cfg.train.steps
-        if cfg.log.traces_every and (
-          step % cfg.log.traces_every == 0 or is_last or step == 1
-        ):
-          traces.write(traces.path_of(workdir, step), groups, host.tokenizer)
-        if is_last or (cfg.eval.every and step % cfg.eval.every == 0):
-          bar.phase("evaluation")
-          row |= trainer.evaluator.run(state.params)[0]
-        log.write(step, row)
-        bar.update(step, row)
-        if is_last or step % cfg.checkpoint.every == 0:
-          bar.phase("checkpoint")
-          checkpoints.save(
-            step, state, {"cursor": dataclasses.asdict(trainer.cursor)}
-          )
+        row |= trainer.evaluator.run(state.params)[0]
+      log.write(step, row)
+      bar.update(step, row)
+      if is_last or _is_due(step, cfg.checkpoint.every):
+        bar.phase("checkpoint")
+        cursor = dataclasses.asdict(trainer.cursor)
+        checkpoints.save(step, state, {"cursor": cursor})
 
 
-def _first_state(
-  cfg: config_lib.Config,
-  learner: step_lib.Learner,
-  console: rich.console.Console,
-) -> step_lib.TrainState:
-  """Parameters of `init_from`, or fresh ones, with a fresh optimizer."""
-  if not cfg.init_from:
-    return learner.init(jax.random.key(cfg.seed))
-  params, where = build.load_params(
-    cfg.init_from, learner.abstract_state.params
-  )
-  console.print(where, markup=False)
-  return learner.start_from(params)
+def _is_due(step: int, every: int, first: int | None = None) -> bool:
+  """Whether something that happens every so many steps (0: never) is due."""
+  return bool(every) and (step % every == 0 or step == first)

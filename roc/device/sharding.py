@@ -66,7 +66,12 @@ def spec_of(logical_axes: tuple[str, ...]) -> PartitionSpec:
     ValueError: two axes want the same mesh axis.
   """
   entries = [MESH_AXIS_OF[axis] for axis in logical_axes]
-  used = [e for e in entries if e is not None]
+  used = [
+    name
+    for entry in entries
+    if entry is not None
+    for name in ((entry,) if isinstance(entry, str) else entry)
+  ]
   if len(set(used)) != len(used):
     raise ValueError(f"{logical_axes} use one mesh axis twice: {entries}")
   return PartitionSpec(*entries)
@@ -77,7 +82,31 @@ def path_name(path: tuple[Any, ...]) -> str:
   return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
-def param_sharding(mesh: jax.sharding.Mesh, path: str) -> NamedSharding:
+def fit(
+  mesh: jax.sharding.Mesh,
+  logical_axes: tuple[str, ...],
+  shape: tuple[int, ...],
+) -> NamedSharding:
+  """The sharding of an array of this shape.
+
+  An axis that its mesh axis does not divide (a vocabulary of 337 over two
+  devices) stays whole.
+  """
+  entries = [
+    entry if entry is None or n % _size(mesh, entry) == 0 else None
+    for entry, n in zip(spec_of(logical_axes), shape, strict=True)
+  ]
+  return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def _size(mesh: jax.sharding.Mesh, entry: str | tuple[str, ...]) -> int:
+  names = (entry,) if isinstance(entry, str) else entry
+  return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def param_sharding(
+  mesh: jax.sharding.Mesh, path: str, shape: tuple[int, ...]
+) -> NamedSharding:
   """The sharding of one parameter.
 
   Raises:
@@ -85,14 +114,14 @@ def param_sharding(mesh: jax.sharding.Mesh, path: str) -> NamedSharding:
   """
   for pattern, logical_axes in PARAM_RULES:
     if re.fullmatch(pattern, path):
-      return NamedSharding(mesh, spec_of(logical_axes))
+      return fit(mesh, logical_axes, shape)
   raise ValueError(f"no sharding rule for parameter {path!r}")
 
 
 def param_shardings(mesh: jax.sharding.Mesh, params: Any) -> Any:
   """The sharding of every parameter, as a tree like `params`."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: param_sharding(mesh, path_name(path)), params
+    lambda path, x: param_sharding(mesh, path_name(path), x.shape), params
   )
 
 
@@ -109,7 +138,7 @@ def state_shardings(mesh: jax.sharding.Mesh, state: Any) -> Any:
       if len(leaf.shape) == len(logical_axes) and re.search(
         rf"(^|/){pattern}$", name
       ):
-        return NamedSharding(mesh, spec_of(logical_axes))
+        return fit(mesh, logical_axes, leaf.shape)
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(one, state)
