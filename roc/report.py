@@ -174,14 +174,14 @@ def headline_table(rows: Sequence[curves.Row]) -> Table:
     if not any(curves.is_number(v) for v in values):
       continue
     cells = [
-      _cell(value, kind, _half_width(row, metric))
+      _cell(value, kind, _interval(row, metric))
       for value, row in zip(values, picked, strict=True)
     ]
     body.append([name, *cells])
   note = ""
   if curves.is_number(picked[-1].get(N_PROBLEMS)):
     note = (
-      f"{picked[-1][N_PROBLEMS]:.0f} held-out problems; ± is half the 95 %"
+      f"{picked[-1][N_PROBLEMS]:.0f} held-out problems; in brackets the 95 %"
       " interval of a share measured on so many."
     )
   return Table(["held-out problems", *names], body, note)
@@ -270,45 +270,53 @@ def _percent(share: float) -> str:
   return f"{100 * share:.{digits}f} %"
 
 
-def _cell(value: Any, kind: str, half: float) -> str:
+def _cell(value: Any, kind: str, interval: tuple[float, float] | None) -> str:
   if not curves.is_number(value):
     return "–"
   if kind != "percent":
     return f"{value:.2f}" if value < 20 else f"{value:.1f}"
-  return _percent(value) + (f" ± {100 * half:.1f}" if half else "")
+  if interval is None:
+    return _percent(value)
+  low, high = interval
+  return f"{_percent(value)} ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def _half_width(row: curves.Row, metric: str) -> float:
-  """Half the 95 % interval of an accuracy; 0 for what has none.
+def _interval(row: curves.Row, metric: str) -> tuple[float, float] | None:
+  """95 % interval of an accuracy; None for what has none.
 
   One rollout a problem is a share of trials. Several of one problem are not
   independent, which the standard error over problems allows for.
   """
-  n = row.get(N_PROBLEMS)
-  if metric not in (ACCURACY, HEAD) or not curves.is_number(n) or n < 1:
-    return 0.0
-  share, stderr = row[metric], row.get(STDERR)
+  n, share = row.get(N_PROBLEMS), row.get(metric)
+  if metric not in (ACCURACY, HEAD) or not curves.is_number(share):
+    return None
+  if not curves.is_number(n) or n < 1:
+    return None
+  stderr = row.get(STDERR)
   has_samples = any(name.startswith("eval/heldout/avg@") for name in row)
   if metric == ACCURACY and has_samples and curves.is_number(stderr):
-    return 1.96 * stderr
-  return half_width(share, int(n))
+    return max(0.0, share - 1.96 * stderr), min(1.0, share + 1.96 * stderr)
+  return wilson(share, int(n))
 
 
-def half_width(share: float, n: int) -> float:
-  """Half the width of Wilson's 95 % interval of a share of n trials.
+def wilson(share: float, n: int) -> tuple[float, float]:
+  """Wilson's 95 % interval of a share of n independent trials.
 
-  Unlike the normal one, it is not zero at shares of 0 and 1.
+  Unlike the normal one, it does not shrink to a point at shares of 0 and 1.
 
   Args:
     share: in [0, 1].
     n: number of trials, at least 1.
 
   Returns:
-    Half width, in [0, 0.5).
+    (low, high), within [0, 1].
   """
   z = 1.96
+  middle = share + z * z / (2 * n)
   inner = share * (1 - share) / n + z * z / (4 * n * n)
-  return z * math.sqrt(max(inner, 0.0)) / (1 + z * z / n)
+  half = z * math.sqrt(max(inner, 0.0))
+  scale = 1 + z * z / n
+  return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 # ----------------------------------------------------------------- rendering

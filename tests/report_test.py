@@ -34,7 +34,7 @@ def test_report_is_written_and_printed(tmp_path, capsys):
   assert "filter sort, 16 drawn, 8 kept · 20 steps" in page
   assert "5,120 rollouts drawn · seed 3" in page
   assert "Held-out accuracy" in page
-  assert "57.0 % ± 9.5" in page
+  assert "57.0 % (47–66)" in page
   assert page.count("<details") == 1
   assert "://" not in page.replace("http://www.w3.org/", "")
   assert not (tmp_path / "report.html.part").exists()
@@ -109,10 +109,10 @@ def test_targets_need_two_evaluations_and_numbers():
   assert [t.name for t in targets] == ["accuracy with the tool"]
 
 
-def test_half_width_is_wilsons():
-  # 50 of 100: (0.4038, 0.5962); 0 of 100: (0, 0.0370).
-  assert report.half_width(0.5, 100) == pytest.approx(0.0962, abs=1e-4)
-  assert report.half_width(0.0, 100) == pytest.approx(0.0185, abs=1e-4)
+def test_interval_is_wilsons():
+  assert report.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+  assert report.wilson(0.0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
+  assert report.wilson(1.0, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
 
 
 def test_evaluation_rows_are_those_with_an_accuracy(tmp_path):
@@ -128,6 +128,6 @@ def test_interval_of_several_rollouts_a_problem_is_that_of_problems():
     report.STDERR: 0.02,
     report.N_PROBLEMS: 100.0,
   }
-  assert report.headline_table([row]).rows[0][1] == "50.0 % ± 9.6"
+  assert report.headline_table([row]).rows[0][1] == "50.0 % (40–60)"
   row["eval/heldout/avg@4"] = 0.5
-  assert report.headline_table([row]).rows[0][1] == "50.0 % ± 3.9"
+  assert report.headline_table([row]).rows[0][1] == "50.0 % (46–54)"
