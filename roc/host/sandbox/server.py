@@ -75,9 +75,10 @@ class Server:
     """Reads the configuration, loads modules, arms signals, says `ready`."""
     config = self._first_message()
     self._n_workers = int(config["n_workers"])
+    linux.offer_to_oom_killer()
     linux.adopt_orphans()
     linux.forbid_new_privileges()
-    linux.offer_to_oom_killer()
+    linux.drop_capabilities()
     os.umask(0o077)
     image.load(config["site_dirs"], config["preload"])
     self._library_dirs = image.library_dirs()

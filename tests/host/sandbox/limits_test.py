@@ -1,5 +1,6 @@
 """Each limit ends the program that breaks it, in time, with its own status."""
 
+import ast
 import time
 
 import pytest
@@ -198,3 +199,18 @@ def test_limits_cannot_be_raised(box, name):
   )
   result = box.run(code)
   assert (result.status, result.error_type) == (ToolStatus.ERROR, "ValueError")
+
+
+def test_root_keeps_no_capability_but_on_files(box):
+  code = (
+    "import subprocess\n"
+    "print([l.split()[1] for l in open('/proc/self/status')"
+    " if l.startswith(('CapEff', 'CapPrm', 'CapInh', 'NoNewPrivs'))])\n"
+    "print(subprocess.run(['grep', 'CapEff', '/proc/self/status'],"
+    " capture_output=True, text=True).stdout.split()[1])"
+  )
+  lines = box.run(code).stdout.splitlines()
+  inherited, permitted, effective, no_new = ast.literal_eval(lines[0])
+  assert int(inherited, 16) == 0 and no_new == "1"
+  for held in (permitted, effective, lines[1]):  # the last after an exec
+    assert int(held, 16) & ~0b110 == 0

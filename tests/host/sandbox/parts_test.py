@@ -151,9 +151,10 @@ def test_cleaning_copes_with_depth_numbers_and_locked_directories(tmp_path):
   trash = tmp_path / "trash"
   trash.mkdir()
   fd = os.open(trash, os.O_RDONLY)
-  for _ in range(3000):  # far past any path length and recursion limit
-    os.mkdir("d", dir_fd=fd)
-    deeper = os.open("d", os.O_RDONLY, dir_fd=fd)
+  name = "d" * 200
+  for _ in range(1100):  # far past any path length and recursion limit
+    os.mkdir(name, dir_fd=fd)
+    deeper = os.open(name, os.O_RDONLY, dir_fd=fd)
     os.close(fd)
     fd = deeper
   os.close(fd)

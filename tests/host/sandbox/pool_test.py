@@ -127,11 +127,11 @@ def test_a_queued_call_can_be_cancelled(own_box):
 
 
 def test_waiting_in_the_queue_is_not_counted(own_box):
-  limits = Limits(wall_s=1)
-  futures = [own_box.submit(NAP.format(0.25), limits=limits) for _ in range(20)]
+  limits = Limits(wall_s=0.8)
+  futures = [own_box.submit(NAP.format(0.3), limits=limits) for _ in range(10)]
   results = [f.result() for f in futures]
   assert {r.status for r in results} == {ToolStatus.OK}
-  assert own_box.stats()["wait_p99_ms"] > 1000
+  assert own_box.stats()["wait_p99_ms"] > 800
 
 
 def test_a_full_queue_is_infra_at_once():
