@@ -50,7 +50,7 @@ def get_config(variant: str = ""):
 
   # ------------------------------------------------- supervised training
   c.sft.n_demos = 4000
-  c.sft.steps = 700
+  c.sft.steps = 600
   c.sft.rows = 16
   c.sft.length = 192
   c.sft.lr = 2e-3
@@ -60,7 +60,7 @@ def get_config(variant: str = ""):
   c.filter.mode = "sort"
   c.filter.n_drawn = 16
   c.filter.n_kept = 8
-  c.train.steps = 50
+  c.train.steps = 30
   c.train.prompts = 16
   c.train.lr = 2e-4
   c.train.warmup = 3

@@ -35,7 +35,7 @@ def get_config(variant: str = ""):
   """Returns the ConfigDict; `variant` is "" or "tiny"."""
   c = quickstart.get_config(variant)
   c.compare.seeds = 3
-  c.train.steps = 40
+  c.train.steps = 30
   c.train.lr = 1e-4
   c.eval.every = 5
   c.eval.head = False
