@@ -23,12 +23,8 @@ files of a call are bounded only by the per-process and per-file limits.
 A fork bomb is killed when it is seen, some 25 ms late.
 """
 
-from roc.host.sandbox.contract import (
-  Limits,
-  SandboxError,
-  ToolResult,
-  seed_digest,
-)
+from roc.host.sandbox.calls import seed_digest
+from roc.host.sandbox.contract import Limits, SandboxError, ToolResult
 from roc.host.sandbox.pool import Sandbox
 
 __all__ = ["Limits", "Sandbox", "SandboxError", "ToolResult", "seed_digest"]

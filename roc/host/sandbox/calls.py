@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import dataclasses
+import hashlib
 import time
 
 from roc import layout
@@ -48,3 +49,17 @@ class Call:
     return contract.ToolResult(
       layout.ToolStatus.INFRA, stderr=why, tier=tier, retries=self.retries
     )
+
+
+def seed_digest(
+  seed: int, trajectory: contract.Trajectory, call_index: int
+) -> str:
+  """Returns the hex seed of one call, the same on every host and in every run.
+
+  Args:
+    seed: of the run.
+    trajectory: stable id of the rollout: a string, an int or a tuple of these.
+    call_index: of the call in its rollout.
+  """
+  text = f"{seed}\0{trajectory!r}\0{call_index}"
+  return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -5,9 +5,9 @@ exec'd server. So it holds plain frozen records over JSON-able values.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
+from typing import Any
 
 from roc import layout
 
@@ -75,7 +75,7 @@ class Limits:
 
   def to_json(self) -> dict:
     """Returns the fields as a JSON-able dict, inverse of `from_json`."""
-    return dataclasses.asdict(self)
+    return dict(vars(self))
 
   @classmethod
   def from_json(cls, fields: dict) -> "Limits":
@@ -123,18 +123,25 @@ class ToolResult:
   tier: str = "process"
   retries: int = 0
 
+  def to_fields(self) -> dict:
+    """Returns the fields as a JSON-able dict, the status by lower-case name."""
+    return {**vars(self), "status": self.status.name.lower()}
+
+  @classmethod
+  def from_fields(cls, fields: dict[str, Any]) -> "ToolResult":
+    """Returns the result written by `to_fields`."""
+    status = layout.ToolStatus[fields["status"].upper()]
+    values: dict[str, Any] = {**fields, "status": status}
+    return cls(**values)
+
   def to_json(self) -> str:
-    """Returns one JSON object; the status goes by its lower-case name."""
-    fields = dataclasses.asdict(self)
-    fields["status"] = self.status.name.lower()
-    return json.dumps(fields)
+    """Returns one JSON object, see `to_fields`."""
+    return json.dumps(self.to_fields())
 
   @classmethod
   def from_json(cls, text: str) -> "ToolResult":
     """Returns the result written by `to_json`."""
-    fields = json.loads(text)
-    fields["status"] = layout.ToolStatus[fields["status"].upper()]
-    return cls(**fields)
+    return cls.from_fields(json.loads(text))
 
 
 def rejection(code: object, stdin: object, limits: Limits) -> str | None:
@@ -190,15 +197,3 @@ def stdin_bytes(stdin: str | bytes) -> bytes:
   if isinstance(stdin, str):
     return stdin.encode("utf-8", "surrogatepass")
   return stdin
-
-
-def seed_digest(seed: int, trajectory: Trajectory, call_index: int) -> str:
-  """Returns the hex seed of one call, the same on every host and in every run.
-
-  Args:
-    seed: of the run.
-    trajectory: stable id of the rollout: a string, an int or a tuple of these.
-    call_index: of the call in its rollout.
-  """
-  text = f"{seed}\0{trajectory!r}\0{call_index}"
-  return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import time
+from collections.abc import Callable
 
 _RLIMIT_LOCKS = 10
 _PR_SET_PDEATHSIG = 1
@@ -140,12 +141,32 @@ def _children_by_scan(pid: int) -> list[int]:
   return pids
 
 
+_LIST_BYTES = 1 << 14
 _HAS_LIST = os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
 
 
 def children(pid: int) -> list[int]:
   """Returns the pids of a process' children, zombies included."""
   return _children_by_list(pid) if _HAS_LIST else _children_by_scan(pid)
+
+
+def own_children() -> Callable[[], list[int]]:
+  """Returns a function that lists this one-threaded process' children.
+
+  It costs one system call where `children` takes six.
+  """
+  pid = os.getpid()
+  if not _HAS_LIST:
+    return lambda: _children_by_scan(pid)
+  fd = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
+
+  def read() -> list[int]:
+    data = os.pread(fd, _LIST_BYTES, 0)
+    if len(data) > _LIST_BYTES - 16:  # may be cut
+      return _children_by_list(pid)
+    return [int(word) for word in data.split()]
+
+  return read
 
 
 def descendants(pid: int, at_most: int) -> list[int]:

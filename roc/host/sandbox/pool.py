@@ -191,7 +191,7 @@ class Sandbox:
         ),
       )
       return future
-    seed = contract.seed_digest(self._seed, trajectory, call_index)
+    seed = calls.seed_digest(self._seed, trajectory, call_index)
     new = calls.Call.new(next(self._ids), code, stdin, limits, seed, future)
     with self._lock:
       refusal = "the sandbox was closed" if self._is_closing else ""
@@ -314,7 +314,7 @@ class Sandbox:
     return None if self._is_closing else bool(self._sent)
 
   def _take(self, message: dict) -> None:
-    result = contract.ToolResult.from_json(message["result"])
+    result = contract.ToolResult.from_fields(message["result"])
     with self._lock:
       call = self._sent.pop(message["id"], None)
       if call is None:

@@ -8,7 +8,6 @@ makes every path one component long.
 
 import contextlib
 import os
-import shutil
 import stat
 
 
@@ -68,4 +67,4 @@ def remove_directory(root: str) -> None:
   """Deletes `root` and all in it; a missing one, or leftovers, are no error."""
   with contextlib.suppress(OSError):
     empty_directory(root)
-  shutil.rmtree(root, ignore_errors=True)
+    os.rmdir(root)

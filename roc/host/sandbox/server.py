@@ -112,6 +112,7 @@ class Server:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, self._stop)
     os.set_blocking(self._channel, False)
+    self._children = linux.own_children()
     self._epoll = select.epoll()
     self._epoll.register(self._channel, select.EPOLLIN)
     self._epoll.register(self._wake, select.EPOLLIN)
@@ -208,7 +209,7 @@ class Server:
     scratch = os.path.join(self._root, keeper.WORK, str(self._ordinal))
     call = running.Running.open(message["id"], limits, scratch, self._next_tag)
     try:
-      stdin_fd = _stdin_fd(base64.b64decode(message["stdin"]))
+      stdin_fd = _stdin_fd(message["stdin"])
       server_pid = os.getpid()
       call.started = time.monotonic()
       pid = os.fork()
@@ -304,7 +305,7 @@ class Server:
     return not left
 
   def _orphans(self) -> list[int]:
-    return [p for p in linux.children(os.getpid()) if p not in self._active]
+    return [pid for pid in self._children() if pid not in self._active]
 
   def _sweep(self) -> None:
     """Kills orphans that belong to no running call."""
@@ -320,7 +321,7 @@ class Server:
     result = call.result()
     call.close()
     _discard(call.scratch, os.path.join(self._root, keeper.TRASH))
-    self._send({"op": "result", "id": call.id, "result": result.to_json()})
+    self._send({"op": "result", "id": call.id, "result": result.to_fields()})
 
   def _cancel(self, call_id: int) -> None:
     for message in self._waiting:
@@ -334,7 +335,7 @@ class Server:
 
   def _answer_infra(self, call_id: int, why: str) -> None:
     result = contract.ToolResult(layout.ToolStatus.INFRA, stderr=why)
-    self._send({"op": "result", "id": call_id, "result": result.to_json()})
+    self._send({"op": "result", "id": call_id, "result": result.to_fields()})
 
   def _kill_everything(self) -> None:
     deadline = time.monotonic() + _PATIENCE_S
@@ -362,10 +363,11 @@ def _drain(fd: int) -> None:
     pass
 
 
-def _stdin_fd(data: bytes) -> int:
-  """A descriptor to read `data` from: sealed memory, or 0 (/dev/null)."""
-  if not data:
+def _stdin_fd(text: str) -> int:
+  """A descriptor to read base64 `text` from: memory, or 0 (/dev/null)."""
+  if not text:
     return 0
+  data = base64.b64decode(text)
   fd = os.memfd_create("stdin")
   view = memoryview(data)
   while view:
