@@ -42,7 +42,10 @@ def main(argv: list[str]) -> None:
   hooks = _hold_back_fork_hooks()
   from roc.host.sandbox import child, keeper, server
 
-  channel_fd, root = int(argv[1]), argv[2]
+  # A trainer with many files open hands over a high number: take a low one,
+  # so that a small limit on descriptors is enough.
+  channel_fd, root = os.dup(int(argv[1])), argv[2]
+  os.close(int(argv[1]))
   keeper.split(channel_fd, root)  # the parent stays in there to its end
   job = server.serve(channel_fd, root)
   os.register_at_fork = register

@@ -76,6 +76,7 @@ class Server:
     config = self._first_message()
     self._n_workers = int(config["n_workers"])
     linux.offer_to_oom_killer()
+    linux.lower_descriptor_limit(256 + 16 * self._n_workers)
     linux.adopt_orphans()
     linux.forbid_new_privileges()
     linux.drop_capabilities()
@@ -209,12 +210,13 @@ class Server:
     scratch = os.path.join(self._root, keeper.WORK, str(self._ordinal))
     call = running.Running.open(message["id"], limits, scratch, self._next_tag)
     try:
-      stdin_fd = _stdin_fd(message["stdin"])
+      stdin_fd = _stdin_fd(message["stdin"], scratch)
       server_pid = os.getpid()
       call.started = time.monotonic()
       pid = os.fork()
     except BaseException:
       call.close()
+      _discard(scratch, os.path.join(self._root, keeper.TRASH))
       raise
     if pid == 0:
       self._epoll.close()
@@ -363,12 +365,20 @@ def _drain(fd: int) -> None:
     pass
 
 
-def _stdin_fd(text: str) -> int:
-  """A descriptor to read base64 `text` from: memory, or 0 (/dev/null)."""
+def _stdin_fd(text: str, scratch: str) -> int:
+  """A descriptor to read base64 `text` from; 0, which is /dev/null, for none.
+
+  A file in memory: unlike a pipe it holds megabytes that nobody may ever read.
+  """
   if not text:
     return 0
   data = base64.b64decode(text)
-  fd = os.memfd_create("stdin")
+  if hasattr(os, "memfd_create"):
+    fd = os.memfd_create("stdin")
+  else:  # Python built against an old C library
+    path = os.path.join(scratch, "stdin")
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    os.unlink(path)
   view = memoryview(data)
   while view:
     view = view[os.write(fd, view) :]

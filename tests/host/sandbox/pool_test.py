@@ -14,6 +14,7 @@ import pytest
 
 from roc.host import sandbox
 from roc.host.sandbox import Limits, Sandbox, SandboxError, linux
+from roc.host.sandbox import link as sandbox_link
 from roc.layout import ToolStatus
 
 NAP = "import time\ntime.sleep({})\nprint('slept')"
@@ -75,6 +76,21 @@ def test_a_call_that_loses_two_servers_is_infra(own_box, tools):
   result = future.result(10)
   assert (result.status, result.retries) == (ToolStatus.INFRA, 1)
   assert own_box.run("print(1)").status == ToolStatus.OK
+
+
+def test_a_server_that_hangs_is_replaced(own_box, monkeypatch):
+  monkeypatch.setattr(sandbox_link, "_PING_AFTER_S", 0.2)
+  monkeypatch.setattr(sandbox_link, "_DEAD_AFTER_S", 1.0)
+  os.kill(own_box.server_pid, signal.SIGSTOP)
+  result = own_box.run("print(1)")
+  assert (result.status, result.retries) == (ToolStatus.OK, 1)
+
+
+def test_a_long_call_is_not_taken_for_a_hanging_server(own_box, monkeypatch):
+  monkeypatch.setattr(sandbox_link, "_PING_AFTER_S", 0.2)
+  monkeypatch.setattr(sandbox_link, "_DEAD_AFTER_S", 1.0)
+  result = own_box.run(NAP.format(1.6))
+  assert (result.status, result.retries) == (ToolStatus.OK, 0)
 
 
 def test_everything_dies_with_a_killed_trainer(tools):
@@ -207,9 +223,8 @@ def test_the_server_of_a_jax_process_inherits_nothing_of_it(box):
     targets = {os.readlink(f"/proc/{fresh.server_pid}/fd/{fd}") for fd in fds}
   assert "jaxlib" not in maps and "libtpu" not in maps
   kinds = {t.split(":")[0] for t in targets}
-  assert kinds <= {"/dev/null", "socket", "pipe", "anon_inode"} | {
-    t for t in targets if t.endswith("(deleted)")
-  }
+  own = {t for t in targets if t.endswith(("(deleted)", "/children"))}
+  assert kinds <= {"/dev/null", "socket", "pipe", "anon_inode"} | own
 
 
 def test_an_unreachable_tier_refuses_to_start():
