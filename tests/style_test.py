@@ -13,7 +13,7 @@ SOURCES = sorted(
   for path in (ROOT / folder).rglob("*.py")
 )
 MAX_LINES = 400
-MAX_FUNCTION = 70
+MAX_FUNCTION = 70  # lines of code
 # Longer ones, each with its reason.
 LONG_MODULES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
@@ -29,6 +29,15 @@ def _functions(path):
       yield node
 
 
+def _n_code_lines(node):
+  """Length of a function; the docstring is free, so that nobody saves on it."""
+  n_lines = node.end_lineno - node.lineno + 1
+  first = node.body[0]
+  if ast.get_docstring(node) is not None:
+    n_lines -= first.end_lineno - first.lineno + 1
+  return n_lines
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=_name)
 def test_modules_and_functions_are_short(path):
   n_lines = len(path.read_text().splitlines())
@@ -36,7 +45,7 @@ def test_modules_and_functions_are_short(path):
   assert n_lines <= limit, f"{_name(path)} has {n_lines} lines: split it"
   for node in _functions(path):
     name = f"{_name(path)}:{node.name}"
-    n_lines = (node.end_lineno or node.lineno) - node.lineno + 1
+    n_lines = _n_code_lines(node)
     limit = LONG_FUNCTIONS.get(name, MAX_FUNCTION)
     assert n_lines <= limit, f"{name} has {n_lines} lines: split it"
 
