@@ -281,5 +281,5 @@ class Learner:
       grads, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    stats["grad_norm"] = metrics.Mean(optax.global_norm(grads), jnp.float32(1))
+    stats["grad_norm"] = metrics.Mean(optax.tree.norm(grads), jnp.float32(1))
     return TrainState(params, opt_state, state.step + 1), stats
