@@ -7,7 +7,7 @@ compiled, not run. Time is taken in turns at a size that both can run
 (`--timed`), and for ours alone at the full size too, compared per token.
 Targets: memory at most 0.1, time at most 1.3, gradients equal to 1e-5.
 
-  python -m benchmarks.logprobs [--json] [--tokens 16384] [--timed 2048]
+  python -m benchmarks.logprobs [--json] [--tokens 16384] [--timed 1024]
 """
 
 import jax
@@ -148,11 +148,11 @@ def main() -> None:
   """Parses flags, measures, prints."""
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument("--tokens", type=int, default=16384)
-  parser.add_argument("--timed", type=int, default=2048)
+  parser.add_argument("--timed", type=int, default=1024)
   parser.add_argument("--vocab", type=int, default=151_936)
   parser.add_argument("--widths", type=int, nargs="+", default=[64, 256])
-  parser.add_argument("--chunk", type=int, default=1024)
-  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--chunk", type=int, default=512)
+  parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
   rows = []
   for width in args.widths:
