@@ -50,7 +50,9 @@ def loop_over_groups(mode, groups, n_keep: int, rng) -> np.ndarray:
   status, n_answers, n_turns, outcome = (x.tolist() for x in groups)
   keep = np.zeros(groups[3].shape, bool)
   for n, results in enumerate(outcome):
-    p = [penalty(*x) for x in zip(status[n], n_answers[n], n_turns[n])]  # noqa: B905
+    p = [
+      penalty(*x) for x in zip(status[n], n_answers[n], n_turns[n], strict=True)
+    ]
     pos = [o for o, result in enumerate(results) if result == 1]
     neg = [o for o, result in enumerate(results) if result == 0]
     if mode == "sort":
@@ -71,6 +73,53 @@ def loop_over_groups(mode, groups, n_keep: int, rng) -> np.ndarray:
   return keep
 
 
+def measure(mode: str, groups, n_keep: int, repeats: int) -> list[common.Row]:
+  """All rows of one mode, after checking that both sides agree."""
+  arrays = [jnp.asarray(x) for x in groups]
+  key, rng = jax.random.key(0), np.random.default_rng(0)
+
+  @jax.jit
+  def choose(key, status_NOC, n_answers_NO, n_turns_NO, outcome_NO):
+    p = resample.penalties(status_NOC, n_answers_NO, n_turns_NO)
+    return resample.resample(
+      mode,
+      key,
+      outcome_NO,
+      p.p_total_NO,
+      n_keep=n_keep,
+      min_pos=MIN_KEPT,
+      min_neg=MIN_KEPT,
+      eps=EPS,
+    )
+
+  ours = lambda: jax.block_until_ready(choose(key, *arrays))
+  peer = lambda: loop_over_groups(mode, groups, n_keep, rng)
+  keep, expected = np.asarray(ours()), peer()
+  if mode == "sort" and not np.array_equal(keep, expected):
+    raise AssertionError("sort: the loop and the jitted program disagree")
+  if not np.array_equal(keep.sum(-1), expected.sum(-1)):
+    raise AssertionError(f"{mode}: the two sides keep different numbers")
+  pair = common.alternate(
+    {"ours": ours, "peer": peer}, repeats=max(3, repeats // 10)
+  )
+  alone = common.alternate({"ours": ours}, repeats=repeats)["ours"]
+  n_groups, n_drawn = groups[3].shape
+  case = f"{mode} [{n_groups},{n_drawn}]->{n_keep}"
+
+  def row(what, seconds, other_ms, peer_name):
+    return common.Row(
+      BENCH, f"{case} {what}", seconds * 1e3, other_ms, peer_name, "ms"
+    )
+
+  a, b = pair["ours"], pair["peer"]
+  loop = "Python loop"
+  return [
+    row("in turns, wall", a.median_wall, b.median_wall * 1e3, loop),
+    row("in turns, cpu", a.median_cpu, b.median_cpu * 1e3, loop),
+    row("alone, wall", alone.median_wall, 1.0, "target"),
+  ]
+
+
 def main() -> None:
   """Parses flags, measures, prints."""
   parser = common.parser(__doc__.splitlines()[0])
@@ -81,63 +130,9 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=101)
   args = parser.parse_args()
   groups = make_groups(args.groups, args.drawn, args.calls)
-  arrays = [jnp.asarray(x) for x in groups]
-  key, rng = jax.random.key(0), np.random.default_rng(0)
-
   rows = []
   for mode in ("sort", "inverse"):
-
-    @jax.jit
-    def jitted(
-      key, status_NOC, n_answers_NO, n_turns_NO, outcome_NO, mode=mode
-    ):
-      p = resample.penalties(status_NOC, n_answers_NO, n_turns_NO)
-      return resample.resample(
-        mode,
-        key,
-        outcome_NO,
-        p.p_total_NO,
-        n_keep=args.kept,
-        min_pos=MIN_KEPT,
-        min_neg=MIN_KEPT,
-        eps=EPS,
-      )
-
-    ours = lambda jitted=jitted: jax.block_until_ready(jitted(key, *arrays))
-    peer = lambda mode=mode: loop_over_groups(mode, groups, args.kept, rng)
-    keep, expected = np.asarray(ours()), peer()
-    if mode == "sort" and not np.array_equal(keep, expected):
-      raise AssertionError("sort: the loop and the jitted program disagree")
-    if not np.array_equal(keep.sum(-1), expected.sum(-1)):
-      raise AssertionError(f"{mode}: the two sides keep different numbers")
-    # A call of under a millisecond is timed many times more often.
-    slow = common.alternate(
-      {"ours": ours, "peer": peer}, repeats=max(3, args.repeats // 10)
-    )
-    fast = common.alternate({"ours": ours}, repeats=args.repeats)["ours"]
-    case = f"{mode} [{args.groups},{args.drawn}]->{args.kept}"
-    loop = "Python loop"
-    rows += [
-      common.Row(
-        BENCH,
-        f"{case} in turns, {what}",
-        getattr(slow["ours"], attr) * 1e3,
-        getattr(slow["peer"], attr) * 1e3,
-        loop,
-        "ms",
-      )
-      for what, attr in (("wall", "median_wall"), ("cpu", "median_cpu"))
-    ]
-    rows.append(
-      common.Row(
-        BENCH,
-        f"{case} alone, wall",
-        fast.median_wall * 1e3,
-        1.0,
-        "target",
-        "ms",
-      )
-    )
+    rows += measure(mode, groups, args.kept, args.repeats)
   common.emit(rows, args.json)
 
 

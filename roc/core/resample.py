@@ -4,7 +4,17 @@ Of O rollouts drawn for a prompt, G are kept: among the correct ones those with
 few failed tool calls and one well-formed answer, among the wrong ones a sample
 that looks like the original. A rollout is kept when its rank among the rollouts
 of its own sign is below that sign's quota; every mode is a choice of ranking
-score and of quotas, so one code path serves them all.
+score and of quotas:
+
+  "sort": the authors' released rule. Cleanest correct rollouts, first wrong
+    ones in the order of their ids; nothing is random.
+  "inverse": the paper's rule (arXiv 2508.20722). Correct rollouts without
+    replacement with weight 1 / (p_total + eps), wrong ones uniformly. The paper
+    leaves p_total = 0 open; eps sets how strong the filter is, and eps -> 0
+    approaches "sort".
+  "uniform": G of the O at random, blind to outcome and penalty: the control
+    with the same number of draws.
+  "none": all O = G of them: plain GRPO.
 
 Ranks are counted by comparing all pairs of a group, [N, O, O]: exact,
 free of position, and on every backend faster than sorting 32 numbers.
@@ -177,10 +187,33 @@ def _uniform_NO(
   return ((bits_NO >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
+def _class_and_quota(
+  mode, outcome_NO, n_keep, min_pos, min_neg
+) -> tuple[jax.Array, jax.Array]:
+  """Which rollouts compete with each other, and for how many places."""
+  is_pos_NO = outcome_NO == layout.Outcome.CORRECT
+  is_neg_NO = outcome_NO == layout.Outcome.WRONG
+  if mode == "uniform":
+    class_NO = jnp.where(is_pos_NO | is_neg_NO, 0, -1)
+    return class_NO, jnp.full_like(class_NO, n_keep)
+  quota_pos_N, quota_neg_N = quotas(
+    mode,
+    jnp.sum(is_pos_NO, axis=-1, dtype=jnp.int32),
+    jnp.sum(is_neg_NO, axis=-1, dtype=jnp.int32),
+    n_keep=n_keep,
+    min_pos=min_pos,
+    min_neg=min_neg,
+  )
+  quota_NO = jnp.where(is_pos_NO, quota_pos_N[:, None], quota_neg_N[:, None])
+  # Rollouts that are VOID form a class of their own, out of everybody's way.
+  return outcome_NO.astype(jnp.int32), quota_NO
+
+
 def _score_NO(
-  mode, key, is_pos_NO, p_total_NO, eps, rollout_id_NO, group_id_N
+  mode, key, outcome_NO, p_total_NO, eps, rollout_id_NO, group_id_N
 ) -> jax.Array:
   """What the rollouts of a class are ranked by; the lowest are kept."""
+  is_pos_NO = outcome_NO == layout.Outcome.CORRECT
   p_total_NO = p_total_NO.astype(jnp.float32)
   if mode == "sort":
     return jnp.where(is_pos_NO, p_total_NO, 0.0)
@@ -255,22 +288,11 @@ def resample(
 ) -> jax.Array:
   """Chooses the G of O rollouts of each group that enter the update.
 
-  Modes:
-    "sort": the authors' released rule. Cleanest correct rollouts, first wrong
-      ones in the order of their ids; nothing is random.
-    "inverse": the paper's rule (arXiv 2508.20722). Correct rollouts without
-      replacement with weight 1 / (p_total + eps), wrong ones uniformly. The
-      paper leaves p_total = 0 open; eps sets how strong the filter is, and
-      eps -> 0 approaches "sort".
-    "uniform": G of the O at random, blind to outcome and penalty: the control
-      with the same number of draws.
-    "none": all O = G of them: plain GRPO.
-
-  The choice depends on scores and ids, never on positions or neighbours: a
-  permutation of rollouts or groups permutes the result. Rollouts with outcome
-  VOID are outside: never kept, not counted in any quota. Sampling without
-  replacement is a race of exponential clocks, the same as Gumbel top-k
-  (Efraimidis and Spirakis 2006; arXiv 1903.06059).
+  The module's docstring describes the modes. The choice depends on scores and
+  ids, never on positions or neighbours: a permutation of rollouts or groups
+  permutes the result. Rollouts with outcome VOID are outside: never kept, not
+  counted in any quota. Sampling without replacement is a race of exponential
+  clocks, the same as Gumbel top-k (arXiv 1903.06059).
 
   Args:
     mode: one of `MODES`.
@@ -282,8 +304,7 @@ def resample(
     min_pos: correct rollouts to keep at least, where there are as many.
     min_neg: wrong rollouts to keep at least, where there are as many.
     eps: added to p_total in mode "inverse".
-    rollout_id_NO: int32 [N, O], distinct within a group; positions when left
-      out.
+    rollout_id_NO: int32 [N, O], distinct in a group; positions when left out.
     group_id_N: int32 [N], e.g. the task's index; positions when left out.
 
   Returns:
@@ -300,30 +321,18 @@ def resample(
   if mode == "none":
     return is_eligible_NO
   if rollout_id_NO is None:
-    rollout_id_NO = jnp.broadcast_to(
-      jnp.arange(n_rollouts, dtype=jnp.int32)[None], outcome_NO.shape
-    )
+    rollout_id_NO = jnp.broadcast_to(jnp.arange(n_rollouts), outcome_NO.shape)
   if group_id_N is None:
-    group_id_N = jnp.arange(n_groups, dtype=jnp.int32)
-
-  is_pos_NO = outcome_NO == layout.Outcome.CORRECT
-  class_NO = jnp.where(is_eligible_NO, is_pos_NO.astype(jnp.int32), -1)
-  n_pos_N = jnp.sum(class_NO == 1, axis=-1, dtype=jnp.int32)
-  n_neg_N = jnp.sum(class_NO == 0, axis=-1, dtype=jnp.int32)
-  score_NO = _score_NO(
-    mode, key, is_pos_NO, p_total_NO, eps, rollout_id_NO, group_id_N
+    group_id_N = jnp.arange(n_groups)
+  class_NO, quota_NO = _class_and_quota(
+    mode, outcome_NO, n_keep, min_pos, min_neg
   )
-  if mode == "uniform":
-    class_NO = jnp.where(is_eligible_NO, 0, -1)
-    quota_NO = jnp.full_like(class_NO, n_keep)
-  else:
-    quota_pos_N, quota_neg_N = quotas(
-      mode, n_pos_N, n_neg_N, n_keep=n_keep, min_pos=min_pos, min_neg=min_neg
-    )
-    quota_NO = jnp.where(is_pos_NO, quota_pos_N[:, None], quota_neg_N[:, None])
-  is_full_N1 = (n_pos_N + n_neg_N >= n_keep)[:, None]
+  score_NO = _score_NO(
+    mode, key, outcome_NO, p_total_NO, eps, rollout_id_NO, group_id_N
+  )
   rank_NO = _rank_NO(score_NO, class_NO, rollout_id_NO)
-  return is_eligible_NO & is_full_N1 & (rank_NO < quota_NO)
+  n_eligible_N1 = jnp.sum(is_eligible_NO, axis=-1, keepdims=True)
+  return is_eligible_NO & (n_eligible_N1 >= n_keep) & (rank_NO < quota_NO)
 
 
 def take_kept(keep_NO: jax.Array, n_keep: int) -> Kept:
