@@ -221,7 +221,10 @@ class AgentLoop:
       self._call(live, turn.calls)
 
   def _call(self, live: _Live, calls: Sequence[calls_lib.ToolCall]) -> None:
-    """Starts a turn's calls; those beyond the rollout's limit are rejected."""
+    """Starts a turn's calls, within what the rollout may still make.
+
+    Of a turn that asks for more, the last that fits is rejected in words.
+    """
     e = live.episode
     n_before = len(e.tool_records)
     room = self.limits.max_calls - n_before
@@ -231,7 +234,7 @@ class AgentLoop:
     trajectory = (e.step, e.task_index, e.rollout_id)
     live.calls = [
       self.toolbox.submit(call, trajectory=trajectory, call_index=n_before + i)
-      for i, call in enumerate(calls[:room])
+      for i, call in enumerate(calls_lib.limit(calls, room))
     ]
 
 

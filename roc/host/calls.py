@@ -107,7 +107,7 @@ def parse_turn(
     reader.feed(tag, text, is_special)
   reader.finish()
   return ParsedTurn(
-    calls=tuple(_limit(reader.calls, max_calls)),
+    calls=tuple(limit(reader.calls, max_calls)),
     answers=tuple(reader.answers),
     is_void=not reader.n_closed_calls and not reader.answers,
   )
@@ -204,10 +204,10 @@ def _rejected(raw: str, error: str, detail: str, name: str = "") -> ToolCall:
   return ToolCall(name, types.MappingProxyType({}), raw, error, detail)
 
 
-def _limit(calls: list[ToolCall], max_calls: int) -> list[ToolCall]:
+def limit(calls: Sequence[ToolCall], max_calls: int) -> list[ToolCall]:
   """At most `max_calls`; the last one that fits says that more were asked."""
   if len(calls) <= max_calls:
-    return calls
+    return list(calls)
   last = calls[max_calls - 1]
   detail = f"at most {max_calls} in one turn"
   return [
