@@ -58,7 +58,7 @@ def np_hidden(c, params, tokens_T):
   for i in range(c.n_layers):
     layer = jax.tree.map(lambda a: a[i], p["layers"])  # noqa: B023
     project = lambda name, h: h @ layer[f"{name}_proj"]["kernel"]  # noqa: B023
-    norm = lambda name, h: np_norm(  # noqa: E731
+    norm = lambda name, h: np_norm(
       h,
       layer[f"{name}_norm"]["scale"],  # noqa: B023
       c.norm_eps,
@@ -81,9 +81,7 @@ def test_rope_rotates_planes():
   position_BT = np.stack([np.arange(T), np.arange(T) * 7 + 3])
   got = jax.jit(model.rope, static_argnums=2)(x_BTHE, position_BT, 1e4)
   want = np.stack(
-    [
-      np_rope(x, pos, 1e4) for x, pos in zip(x_BTHE, position_BT, strict=True)
-    ]
+    [np_rope(x, pos, 1e4) for x, pos in zip(x_BTHE, position_BT, strict=True)]
   )
   np.testing.assert_allclose(got, want, atol=1e-5)
   # Position 0 is the identity, and a rotation keeps lengths.

@@ -15,6 +15,7 @@ from roc.device import step as step_lib
 
 N, T, C = 2, 8, 2
 N_DRAWN = 4
+SHAPE = (N, N_DRAWN)
 PAD, PROMPT, MODEL, TOOL = 0, 1, 2, 3
 OK, ERROR, TIMEOUT, NONE, INFRA = (
   layout.ToolStatus.OK,
@@ -34,7 +35,7 @@ FILTER = selection.FilterConfig(mode="sort", n_drawn=N_DRAWN, n_kept=2)
 @pytest.fixture(scope="module")
 def traj():
   """Group 0: two right, two wrong. Group 1: three right, one void."""
-  roles_NOT = np.zeros((N, N_DRAWN, T), np.int8)
+  roles_NOT = np.zeros((*SHAPE, T), np.int8)
   rows = {
     (0, 0): [PROMPT, PROMPT, MODEL, TOOL, MODEL],
     (0, 1): [PROMPT, PROMPT, MODEL, TOOL, MODEL, TOOL, MODEL],
@@ -50,11 +51,11 @@ def traj():
   rng = np.random.default_rng(0)
   is_model = roles_NOT == MODEL
   return trajectories_lib.Trajectories(
-    tokens=np.where(
-      roles_NOT > 0, rng.integers(1, 40, (N, N_DRAWN, T)), 0
-    ).astype(np.int32),
+    tokens=np.where(roles_NOT > 0, rng.integers(1, 40, (*SHAPE, T)), 0).astype(
+      np.int32
+    ),
     roles=roles_NOT,
-    logp_sampler=np.where(is_model, -rng.random((N, N_DRAWN, T)), 0).astype(
+    logp_sampler=np.where(is_model, -rng.random((*SHAPE, T)), 0).astype(
       np.float32
     ),
     tool_status=np.array(
@@ -73,9 +74,7 @@ def traj():
       np.int8,
     ),
     reward=np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32),
-    rollout_id=np.broadcast_to(
-      np.arange(N_DRAWN, dtype=np.int32), (N, N_DRAWN)
-    ),
+    rollout_id=np.broadcast_to(np.arange(N_DRAWN, dtype=np.int32), SHAPE),
     task_index=np.array([10, 11], np.int32),
   ).validate_values()
 
@@ -236,7 +235,7 @@ def test_order_of_groups_and_rollouts_is_irrelevant(traj):
 
 
 def test_all_void_is_no_update(traj):
-  void = dataclasses.replace(traj, outcome=np.full((N, N_DRAWN), VOID, np.int8))
+  void = dataclasses.replace(traj, outcome=np.full(SHAPE, VOID, np.int8))
   got, row = select(void)
   assert not np.any(got.keep_NO)
   np.testing.assert_array_equal(got.batch["weight_BT"], 0)
