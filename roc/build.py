@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +17,19 @@ from roc.device import step as step_lib
 from roc.host import tools
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, so that resuming starts quickly.
+
+  They lie under $JAX_COMPILATION_CACHE_DIR, by default in the user's cache
+  directory.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  directory = pathlib.Path(cache) / "roc" / "xla"
+  jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def host_parts(cfg: config_lib.Config) -> wiring.HostParts:

@@ -66,6 +66,7 @@ class SftConfig:
   n_demos: int = 4000  # demonstrations
   steps: int = 600  # updates
   rows: int = 64  # packed rows per update
+  microbatch_rows: int = 0  # rows per gradient accumulation; 0: all at once
   length: int = 192  # tokens per row
   lr: float = 1e-3  # peak learning rate
   warmup: int = 20  # steps of linear warm-up

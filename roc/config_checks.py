@@ -77,7 +77,8 @@ def _check_ranges(c: "config_lib.Config") -> None:
     *("seed", "model.vocab_size", "sampling.top_k", "loss.kl_coef"),
     *("loss.entropy_coef", "filter.min_pos", "filter.min_neg"),
     *("train.warmup", "train.weight_decay", "train.grad_clip"),
-    *("train.microbatch_rows", "sft.warmup", "sft.weight_decay"),
+    *("train.microbatch_rows", "sft.microbatch_rows", "sft.warmup"),
+    *("sft.weight_decay",),
     *("sft.grad_clip", "eval.every", "eval.temperature", "log.traces_every"),
   )
   _require(c.seed < 2**32, f"config.seed must be less than 2**32, got {c.seed}")
@@ -212,9 +213,15 @@ def _check_batch(c: "config_lib.Config") -> None:
       f" config.train.microbatch_rows ({t.microbatch_rows}) must divide",
     )
     rows = t.microbatch_rows
+  sft_rows = c.sft.microbatch_rows or c.sft.rows
+  _require(
+    c.sft.rows % sft_rows == 0,
+    f"config.sft.microbatch_rows ({sft_rows}) must divide config.sft.rows"
+    f" ({c.sft.rows})",
+  )
   for what, n in (
     ("rows of one gradient (config.train.microbatch_rows or all)", rows),
-    ("config.sft.rows", c.sft.rows),
+    ("rows of one gradient (config.sft.microbatch_rows or all)", sft_rows),
   ):
     _require(
       n % shards == 0,

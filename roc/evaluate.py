@@ -25,6 +25,8 @@ from roc.host import rewards, tools
 
 # Steps count up from 0, so this stream of random numbers is nobody else's.
 _EVAL_STEP = 2**31 - 1
+# Enough for the longest answer; not more, where a slot has no room for it.
+_HEAD_TOKENS = 24
 
 
 class Evaluator:
@@ -80,8 +82,14 @@ class Evaluator:
     row = {f"eval/heldout/{k}": v for k, v in summarise(groups).items()}
     if self._head is not None:
       self._head.set_params(params)
+      chat = self._loop.chat
+      room = self._cfg.sampling.max_tokens - len(chat.answer_prefix_ids())
       texts = rollout.draw_from_head(
-        self._head, self._loop.chat, self._problems, seed=self._cfg.seed
+        self._head,
+        chat,
+        self._problems,
+        seed=self._cfg.seed,
+        max_tokens=min(_HEAD_TOKENS, max(room, 0)),
       )
       right = [
         rewards.is_equal(text, p.answer)

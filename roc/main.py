@@ -139,6 +139,8 @@ def _run(
       f"workdir {workdir} does not exist; give the --workdir of a run"
     )
   program = _program(name)
+  if command.config != "none":
+    _program("build").use_compilation_cache()
   if values.allow_config_change:
     from roc import runlog
 

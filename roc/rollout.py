@@ -253,7 +253,7 @@ def draw_from_head(
   problems: Sequence[problem_lib.Problem],
   *,
   seed: int,
-  max_tokens: int = 24,
+  max_tokens: int,
 ) -> list[str]:
   r"""What the policy answers when it may not use the tool.
 

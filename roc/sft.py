@@ -38,6 +38,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     optim.make_optimizer(cfg.sft),
     step_lib.sft_loss(policy, cfg.loss.logprob_chunk),
     mesh,
+    n_microbatches=cfg.sft.rows // (cfg.sft.microbatch_rows or cfg.sft.rows),
   )
   claim = build.claim(cfg, host, workdir, "sft")
   checkpoints = checkpoint.Checkpoints(
