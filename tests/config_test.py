@@ -81,7 +81,7 @@ def test_booleans_are_no_numbers():
     ({"train.microbatch_rows": 48}, "config.train.microbatch_rows"),
     ({"mesh.data": 3}, "config.mesh.data x config.mesh.fsdp"),
     ({"mesh.tensor": 3}, "model.n_kv_heads"),
-    ({"mesh.data": 8, "sft.rows": 4}, "config.sft.rows"),
+    ({"mesh.data": 8, "sft.rows": 4}, "config.sft.microbatch_rows"),
     ({"train.lr": 0.0}, "train.lr must be above 0"),
     ({"train.b2": 1.0}, "train.b1 and b2"),
     ({"sft.warmup": 600}, "shorter than config.sft.steps"),

@@ -147,8 +147,9 @@ def rollout_metrics(
   is_correct_NO = traj.outcome == layout.Outcome.CORRECT
   has_spread_N = rows.has_reward_spread(traj.outcome)
   n_in_N = jnp.maximum(jnp.sum(is_in_NO, axis=-1), 1)
-  mean_N = jnp.sum(traj.reward * is_in_NO, axis=-1) / n_in_N
-  square_NO = jnp.square(traj.reward - mean_N[:, None]) * is_in_NO
+  reward_NO = jnp.where(is_in_NO, traj.reward, 0.0)
+  mean_N = jnp.sum(reward_NO, axis=-1) / n_in_N
+  square_NO = jnp.square(reward_NO - mean_N[:, None]) * is_in_NO
   std_N = jnp.sqrt(jnp.sum(square_NO, axis=-1) / n_in_N)
   stats = {
     "reward": metrics.mean(traj.reward, is_in_NO),
