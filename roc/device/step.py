@@ -28,8 +28,8 @@ LossFn = Callable[[model_lib.Params, Batch], tuple[jax.Array, Metrics]]
 class LossConfig:
   """The policy-gradient loss."""
 
-  # The surrogate; clip widths of gspo are about 3e-4 and 4e-4 (its normaliser is
-  # "sequence"), cispo's about 1 and 4.
+  # The surrogate. Clip widths: gspo about 3e-4 and 4e-4 (with the normaliser
+  # "sequence"), cispo about 1 and 4.
   kind: Literal["clip", "gspo", "cispo"] = "clip"
   eps_low: float = 0.2  # lower clip bound: 1 - eps_low
   eps_high: float = 0.28  # upper clip bound: 1 + eps_high
