@@ -49,8 +49,8 @@ def get_config(variant: str = ""):
   c.sampling.max_calls = 6
 
   # ------------------------------------------------- supervised training
-  c.sft.n_demos = 4000
-  c.sft.steps = 600
+  c.sft.n_demos = 5000
+  c.sft.steps = 800
   c.sft.rows = 16
   c.sft.microbatch_rows = 4  # small: page faults of large arrays cost the most
   c.sft.length = 192
@@ -61,7 +61,7 @@ def get_config(variant: str = ""):
   c.filter.mode = "sort"
   c.filter.n_drawn = 16
   c.filter.n_kept = 8
-  c.train.steps = 30
+  c.train.steps = 40
   c.train.prompts = 16
   c.train.microbatch_rows = 16
   c.train.lr = 2e-4
