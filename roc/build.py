@@ -72,7 +72,9 @@ def make_loop(
     settings.max_turns, settings.max_tokens, settings.max_calls
   )
   sampler = engine.Engine(policy, settings, host.chat.stop_ids)
-  return rollout.AgentLoop(sampler, host.chat, toolbox, limits)
+  return rollout.AgentLoop(
+    sampler, host.chat, toolbox, limits, score=host.score
+  )
 
 
 @contextlib.contextmanager

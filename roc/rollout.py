@@ -23,7 +23,7 @@ from roc.device import sampling
 from roc.host import calls as calls_lib
 from roc.host import chat as chat_lib
 from roc.host import episode as episode_lib
-from roc.host import tools
+from roc.host import rewards, tools
 from roc.host.tasks import problem as problem_lib
 
 _WAIT_S = 0.05  # how long to sleep on tools when no slot can decode
@@ -79,9 +79,11 @@ class AgentLoop:
     toolbox: tools.Toolbox,
     limits: Limits,
     *,
+    score: Callable[..., rewards.Verdict] = rewards.score,
     system: str = "",
   ):
     self.sampler = sampler
+    self.score = score
     self.chat = chat
     self.toolbox = toolbox
     self.limits = limits
@@ -187,12 +189,12 @@ class AgentLoop:
       for outcome in outcomes:
         live.episode.record_call(outcome)
       if any(o.status == layout.ToolStatus.INFRA for o in outcomes):
-        live.episode.finish(layout.StopReason.INFRA)
+        live.episode.finish(layout.StopReason.INFRA, self.score)
         continue
       ids, roles = self.chat.tool_suffix([o.text for o in outcomes])
       # One more than the answer: the model must be able to say something.
       if len(ids) >= live.budget:
-        live.episode.finish(layout.StopReason.TOOL_OVERFLOW)
+        live.episode.finish(layout.StopReason.TOOL_OVERFLOW, self.score)
         continue
       live.episode.append_environment(ids, roles)
       live.budget -= len(ids)
@@ -212,11 +214,11 @@ class AgentLoop:
     is_whole = live.turn[-1] in self.chat.stop_ids
     live.turn = []
     if not is_whole:
-      live.episode.finish(layout.StopReason.MAX_TOKENS)
+      live.episode.finish(layout.StopReason.MAX_TOKENS, self.score)
     elif not turn.calls:
-      live.episode.finish(layout.StopReason.ANSWERED)
+      live.episode.finish(layout.StopReason.ANSWERED, self.score)
     elif live.episode.n_turns >= self.limits.max_turns:
-      live.episode.finish(layout.StopReason.MAX_TURNS)
+      live.episode.finish(layout.StopReason.MAX_TURNS, self.score)
     else:
       self._call(live, turn.calls)
 
@@ -229,7 +231,7 @@ class AgentLoop:
     n_before = len(e.tool_records)
     room = self.limits.max_calls - n_before
     if room <= 0:
-      e.finish(layout.StopReason.MAX_TURNS)
+      e.finish(layout.StopReason.MAX_TURNS, self.score)
       return
     trajectory = (e.step, e.task_index, e.rollout_id)
     live.calls = [

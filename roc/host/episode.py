@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -187,15 +187,21 @@ class Episode:
       )
     )
 
-  def finish(self, stop_reason: layout.StopReason) -> None:
+  def finish(
+    self,
+    stop_reason: layout.StopReason,
+    score: Callable[..., rewards.Verdict] = rewards.score,
+  ) -> None:
     """Ends the episode and judges it; shaping may change `reward` later.
 
     An environment's fault (INFRA, CANCELLED) makes it VOID, outside its group.
+
+    Args:
+      stop_reason: why it ended.
+      score: judges the answers, called as `rewards.score` is.
     """
     self.stop_reason = stop_reason
-    verdict = rewards.score(
-      self.answers, self.gold, is_truncated=self.is_truncated
-    )
+    verdict = score(self.answers, self.gold, is_truncated=self.is_truncated)
     self.verdict = verdict.reason
     self.reward = verdict.reward
     self.outcome = layout.Outcome(int(verdict.is_correct))
