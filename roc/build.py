@@ -25,7 +25,7 @@ def use_compilation_cache() -> None:
   They lie under $JAX_COMPILATION_CACHE_DIR, by default in the user's cache
   directory.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   directory = pathlib.Path(cache) / "roc" / "xla"
