@@ -58,6 +58,7 @@ def _check_ranges(c: "config_lib.Config") -> None:
     1,
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("sampling.n_slots", "sampling.chunk", "sampling.extend_chunk"),
+    *("sampling.extend_rows",),
     *("sampling.max_turns", "sampling.max_tokens", "sampling.max_calls"),
     *("loss.logprob_chunk", "train.steps", "train.prompts"),
     *("train.minibatches", "sft.n_demos", "sft.steps", "sft.rows"),

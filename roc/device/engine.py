@@ -220,18 +220,16 @@ class Engine:
 
   def _feed(self, ids_by_slot: dict[int, list[int]]) -> None:
     """Caches all but the last id of each slot; the last becomes pending."""
-    P = self.config.extend_chunk
-    S = self.config.n_slots
+    P, R = self.config.extend_chunk, self.config.extend_rows
     longest = max((len(ids) for ids in ids_by_slot.values()), default=0) - 1
     for start in range(0, longest, P):
-      tokens_SP = np.zeros((S, P), np.int32)
-      n_S = np.zeros(S, np.int32)
-      for slot, ids in ids_by_slot.items():
-        part = ids[start : min(start + P, len(ids) - 1)]
-        tokens_SP[slot, : len(part)] = part
-        n_S[slot] = len(part)
-      self.prefilled_tokens += int(n_S.sum())
-      self._state = self._append(self._params, self._state, tokens_SP, n_S)
+      parts = [
+        (slot, ids[start : min(start + P, len(ids) - 1)])
+        for slot, ids in ids_by_slot.items()
+        if start < len(ids) - 1
+      ]
+      for first in range(0, len(parts), R):
+        self._feed_rows(parts[first : first + R])
     pending_S = np.array(self._state.pending_S)
     is_running_S = np.array(self._state.is_running_S)
     budget_S = np.asarray(self._state.budget_S)
@@ -240,13 +238,34 @@ class Engine:
       is_running_S[slot] = budget_S[slot] > 0
     self._write(pending_S=pending_S, is_running_S=is_running_S)
 
-  def _append_fn(self, params, state: SlotState, tokens_SP, n_S) -> SlotState:
-    _, cache = self.policy.append(
-      params, state.cache, tokens_SP, state.length_S
+  def _feed_rows(self, parts: Sequence[tuple[int, list[int]]]) -> None:
+    """Caches a piece of at most R slots, in the one shape that is compiled."""
+    P, R = self.config.extend_chunk, self.config.extend_rows
+    slot_R = np.full(R, self.config.n_slots, np.int32)  # rows without a slot
+    tokens_RP = np.zeros((R, P), np.int32)
+    n_R = np.zeros(R, np.int32)
+    for row, (slot, part) in enumerate(parts):
+      slot_R[row], n_R[row] = slot, len(part)
+      tokens_RP[row, : len(part)] = part
+    self.prefilled_tokens += int(n_R.sum())
+    self._state = self._append(
+      self._params, self._state, slot_R, tokens_RP, n_R
     )
-    return dataclasses.replace(
-      state, cache=cache, length_S=state.length_S + n_S
+
+  def _append_fn(
+    self, params, state: SlotState, slot_R, tokens_RP, n_R
+  ) -> SlotState:
+    # A row without a slot reads any slot and is dropped on writing.
+    take = functools.partial(jnp.take, mode="clip")
+    rows = jax.tree.map(lambda x: take(x, slot_R, axis=1), state.cache)
+    _, rows = self.policy.append(
+      params, rows, tokens_RP, take(state.length_S, slot_R)
     )
+    cache = jax.tree.map(
+      lambda x, row: x.at[:, slot_R].set(row, mode="drop"), state.cache, rows
+    )
+    length_S = state.length_S.at[slot_R].add(n_R, mode="drop")
+    return dataclasses.replace(state, cache=cache, length_S=length_S)
 
   def _decode_fn(self, params, state: SlotState):
     c = self.config

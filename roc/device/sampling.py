@@ -15,6 +15,7 @@ class SamplingConfig:
   n_slots: int = 64  # rollouts that are decoded at once
   chunk: int = 16  # tokens decoded on the device between two looks at the host
   extend_chunk: int = 32  # tokens of a tool's answer fed in per call
+  extend_rows: int = 16  # slots fed in per call
   cache_length: int = 256  # key/value cache of a slot: prompt + max_tokens
   temperature: float = 1.0  # of the softmax; log-probs are taken at it too
   top_k: int = 0  # keep the k likeliest tokens; 0: all
