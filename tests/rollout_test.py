@@ -483,7 +483,9 @@ def test_head_fills_in_the_box(chat, say):
     for n, k in enumerate(keys_B2)
   }
   sampler = Sampler(scripts, n_slots=2)
-  texts = rollout.draw_from_head(sampler, chat, problems, seed=SEED)
+  texts = rollout.draw_from_head(
+    sampler, chat, problems, seed=SEED, max_tokens=24
+  )
   assert texts == ["00", "10", "20", "30", "40"]
   assert sampler.n_free == 2
   fed = sampler.fed[keys_B2[3].tobytes()]
