@@ -7,6 +7,7 @@ they run, so that `--help` is quick.
 """
 
 import dataclasses
+import errno
 import importlib
 import pathlib
 import shlex
@@ -140,13 +141,22 @@ def _run(
     )
   program = _program(name)
   if command.config != "none":
-    _program("build").use_compilation_cache()
+    from roc import build
+
+    build.use_compilation_cache()
   if values.allow_config_change:
     from roc import runlog
 
     runlog.forget_config(workdir)
   try:
     program.run(config, workdir)
+  except OSError as e:
+    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+      raise
+    raise errors.UserError(
+      f"cannot write under {workdir}: {e.strerror}; make room and run the same"
+      " command again"
+    ) from e
   except RuntimeError as e:
     from roc.host import sandbox
 

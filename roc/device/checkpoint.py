@@ -12,13 +12,16 @@ The directory must be on a file system that all processes share and that renames
 atomically.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -110,7 +113,7 @@ class Checkpoints:
       _barrier("checkpoint_end")
     except Exception as e:
       shutil.rmtree(partial, ignore_errors=True)
-      if not _is_about_the_disk(e):
+      if not _disk_error(e):
         raise
       raise errors.UserError(self._cannot_write(step, e)) from e
     return target
@@ -197,10 +200,9 @@ class Checkpoints:
       if latest is None
       else f"the one of step {latest} is untouched"
     )
-    cause = (e.strerror if isinstance(e, OSError) else None) or str(e)
     return (
       f"cannot write the checkpoint of step {step} under {self.directory}:"
-      f" {cause.splitlines()[0]}; {left}; mend that and run the same command"
+      f" {_disk_error(e) or e}; {left}; mend that and run the same command"
       " again"
     )
 
@@ -259,8 +261,19 @@ def _write_arrays(path: pathlib.Path, leaves: dict[str, Any]) -> None:
     if leaf.size
   }
   if arrays:
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
       checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """No logged tracebacks of threads that write: `save` raises it itself."""
+  before = logging.root.manager.disable
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.disable(before)
 
 
 def _read_arrays(
@@ -346,13 +359,19 @@ def _barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def _is_about_the_disk(e: BaseException | None) -> bool:
-  """True for a full or unwritable disk, also when tensorstore reports it."""
-  codes = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+def _disk_error(e: BaseException | None) -> str:
+  """What is wrong with the disk, also when tensorstore reports it; or ""."""
+  codes = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.EFBIG,
+  )
   while e is not None:
-    if isinstance(e, OSError) and e.errno in (*codes, errno.EFBIG):
-      return True
-    if any(os.strerror(code) in str(e) for code in codes):
-      return True
+    for code in codes:
+      if os.strerror(code) in str(e) or getattr(e, "errno", None) == code:
+        return os.strerror(code)
     e = e.__cause__
-  return False
+  return ""
