@@ -13,7 +13,12 @@ from roc.device import step as step_lib
 
 STOP_IDS = (1, 2, 3, 4)
 CONFIG = sampling.SamplingConfig(
-  n_slots=4, chunk=5, extend_chunk=3, cache_length=64, max_tokens=40
+  n_slots=4,
+  chunk=5,
+  extend_chunk=3,
+  extend_rows=3,
+  cache_length=64,
+  max_tokens=40,
 )
 N_JOBS = 7
 

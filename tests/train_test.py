@@ -1,0 +1,484 @@
+"""The road end to end at tiny size: supervised, RL, resumed, evaluated."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import quickstart
+from roc import build, config, errors, evaluate, layout, runlog, sft, train
+from roc.device import checkpoint
+from roc.host import episode as episode_lib
+from roc.host import traces
+
+STEPS = 3
+SFT_STEPS = 120  # enough for calls of the tool, right and wrong ones
+Status, Outcome = layout.ToolStatus, layout.Outcome
+
+
+def settings(**changes):
+  """The tiny quickstart, with a gradient in every group.
+
+  At this size hardly any answer is right, so the rewards of a group differ by
+  the length penalty.
+  """
+  c = quickstart.get_config("tiny")
+  values = {
+    "sft.steps": SFT_STEPS,
+    "sft.n_demos": 64,
+    "sft.lr": 5e-3,
+    "sft.warmup": 10,
+    "train.steps": STEPS,
+    "filter.n_drawn": 8,
+    "filter.n_kept": 4,
+    "filter.drop_equal_reward": False,
+    "filter.overlong": "soft",
+    "filter.overlong_buffer": 60,
+    "eval.every": 0,
+    "log.progress": False,
+    "log.tensorboard": False,
+    **changes,
+  }
+  for name, value in values.items():
+    section, _, key = name.rpartition(".")
+    setattr(getattr(c, section) if section else c, key, value)
+  return config.resolve(c)
+
+
+class Killed(BaseException):
+  """Ends a run where a kill would."""
+
+
+def stop_after(monkeypatch, cls, name, n):
+  """Lets a method be called n times and then ends the run instead."""
+  real, calls = getattr(cls, name), []
+
+  def limited(*args, **kwargs):
+    calls.append(1)
+    if len(calls) > n:
+      raise Killed
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(cls, name, limited)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+  """Seconds are for the runs: what one compiled, the next one finds."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  compilation_cache.reset_cache()
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@dataclasses.dataclass
+class Ran:
+  """A finished run and what was seen of it."""
+
+  cfg: config.Config
+  sft: pathlib.Path
+  train: pathlib.Path
+  compilations: list[int]  # by step, what lies before the first one included
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, compiled):
+  """Supervised training, then RL without interruption."""
+  path = tmp_path_factory.mktemp("plain")
+  cfg = settings()
+  sft.run(cfg, path / "sft")
+  cfg = settings(init_from=str(path / "sft"))
+  counts = [0]
+
+  def count(event, _, **kwargs):
+    del kwargs
+    counts[-1] += event == "/jax/core/compile/backend_compile_duration"
+
+  real = train.Trainer.step
+
+  def step(*args):
+    out = real(*args)
+    counts.append(0)
+    return out
+
+  jax.monitoring.register_event_duration_secs_listener(count)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.Trainer, "step", step)
+    train.run(cfg, path / "train")
+  jax.monitoring.unregister_event_duration_listener(count)
+  return Ran(cfg, path / "sft", path / "train", counts)
+
+
+def rows_of(workdir):
+  """Metrics without what the clock says."""
+  return [
+    {k: v for k, v in row.items() if not k.startswith("time/")}
+    for row in runlog.read_metrics(workdir / runlog.METRICS)
+  ]
+
+
+def final_state(cfg, workdir, program="train"):
+  """The arrays of the newest checkpoint, and its cursor."""
+  host = build.host_parts(cfg)
+  policy = build.make_policy(cfg, host)
+  learner = train.make_learner(cfg, policy)
+  abstract = learner.abstract_state
+  if program == "sft":
+    abstract = {"params": abstract.params}
+  checkpoints = checkpoint.Checkpoints(workdir / "checkpoints")
+  restored = checkpoints.restore(abstract, is_partial=program == "sft")
+  assert restored is not None and restored.notes == []
+  return restored
+
+
+def assert_same_bits(a, b):
+  assert a.step == b.step and a.extra == b.extra
+  for x, y in zip(
+    jax.tree.leaves(a.state), jax.tree.leaves(b.state), strict=True
+  ):
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def read_traces(workdir, step):
+  return list(episode_lib.read_episodes(traces.path_of(workdir, step)))
+
+
+# ------------------------------------------------------------------ whole run
+
+
+def test_supervised_loss_falls(ran):
+  losses = [row["loss"] for row in rows_of(ran.sft)]
+  assert len(losses) == SFT_STEPS
+  assert losses[0] > 5.0 and np.mean(losses[-10:]) < 2.0
+
+
+def test_rows_are_complete(ran):
+  rows = rows_of(ran.train)
+  assert [row["step"] for row in rows] == [0, 1, 2, 3]
+  assert "eval/heldout/accuracy" in rows[0] and "eval/head/accuracy" in rows[0]
+  assert "eval/heldout/accuracy" in rows[-1]
+  n = ran.cfg.train.prompts * ran.cfg.filter.n_drawn
+  assert [row["rollouts_drawn"] for row in rows[1:]] == [n, 2 * n, 3 * n]
+  for row in rows[1:]:
+    assert row["mismatch_kl"] < 1e-6
+    assert row["grad_norm"] > 0
+    assert row["tools/call_frequency"] > 0
+    assert all(v is not None and math.isfinite(v) for v in row.values())
+  seconds = runlog.read_metrics(ran.train / runlog.METRICS)[2]
+  parts = ("time/generate", "time/tools", "time/score", "time/update")
+  assert sum(seconds[name] for name in parts) <= seconds["time/step"]
+
+
+def test_the_policy_has_moved(ran):
+  start = final_state(ran.cfg, ran.sft, "sft").state["params"]
+  end = final_state(ran.cfg, ran.train).state.params
+  change = jax.tree.map(lambda a, b: np.abs(a - b).max(), start, end)
+  assert min(jax.tree.leaves(change)) > 0
+
+
+def test_nothing_is_compiled_after_the_first_steps(ran):
+  """There is one bucket, so every later step finds its programs."""
+  before_and_first, second, third, after = ran.compilations
+  assert before_and_first > 10
+  assert second + third == 0
+  assert after <= 3  # the last evaluation and the checkpoint
+
+
+def test_traces_agree_with_metrics(ran):
+  rows = {row["step"]: row for row in rows_of(ran.train)}
+  cfg = ran.cfg
+  for step in range(1, STEPS + 1):
+    episodes, row = read_traces(ran.train, step), rows[step]
+    assert len(episodes) == cfg.train.prompts * cfg.filter.n_drawn
+    n_kept = sum(e.kept for e in episodes)
+    assert n_kept == cfg.train.prompts * cfg.filter.n_kept
+    assert n_kept == pytest.approx(
+      (row["roc/pos_kept"] + row["roc/neg_kept"]) * cfg.train.prompts
+    )
+    calls = sum(e.n_judged_calls for e in episodes)
+    failed = sum(e.n_failed_calls for e in episodes)
+    assert row["tools/call_frequency"] == pytest.approx(calls / len(episodes))
+    assert row["tools/failure_frequency"] == pytest.approx(failed / calls)
+    assert row["num_turns/mean"] == pytest.approx(
+      np.mean([e.n_turns for e in episodes])
+    )
+    assert {e.step for e in episodes} == {step}
+
+
+def test_traces_say_why(ran):
+  for e in read_traces(ran.train, 2):
+    calls = e.n_judged_calls
+    p_err = e.n_failed_calls / calls if calls else 0.5
+    surplus = min(1.0, (e.n_answers - 1) / e.n_turns)
+    assert e.p_err == pytest.approx(p_err)
+    assert e.p_format == pytest.approx(surplus if e.n_answers else 1.0)
+    assert e.p_total == pytest.approx(e.p_err + e.p_format)
+    assert e.why.startswith("kept" if e.kept else "dropped")
+    assert e.kept or e.advantage == 0.0
+    assert e.stop_reason is not None
+    for role, logp in zip(e.roles, e.logprobs, strict=True):
+      assert (logp != 0) <= (role == layout.Role.MODEL)
+  line = traces.path_of(ran.train, 2).read_text().splitlines()[0]
+  messages = json.loads(line)["messages"]
+  assert messages[0]["role"] == "prompt" and messages[1]["role"] == "model"
+
+
+def test_groups_start_alike_and_go_apart(ran):
+  by_task = {}
+  for e in read_traces(ran.train, 1):
+    by_task.setdefault(e.task_index, []).append(e)
+  assert len(by_task) == ran.cfg.train.prompts
+  for group in by_task.values():
+    n = group[0].roles.count(layout.Role.PROMPT)
+    assert len({tuple(e.token_ids[:n]) for e in group}) == 1
+    assert len({tuple(e.token_ids) for e in group}) == len(group)
+  # The next step goes on with other problems.
+  later = {e.task_index for e in read_traces(ran.train, 2)}
+  assert not later & set(by_task)
+
+
+# -------------------------------------------------------------------- resume
+
+
+def test_resumed_run_is_the_same_run(ran, tmp_path, monkeypatch, capsys):
+  with monkeypatch.context() as patch:
+    stop_after(patch, train.Trainer, "step", 2)
+    with pytest.raises(Killed):
+      train.run(ran.cfg, tmp_path)
+  # A row of a step whose checkpoint was never written.
+  with (tmp_path / runlog.METRICS).open("a") as log:
+    log.write('{"step": 3, "reward": 99.0}\n{"step": 4, "rew')
+  capsys.readouterr()
+  train.run(ran.cfg, tmp_path)
+  assert "going on after step 2" in capsys.readouterr().out
+  assert rows_of(tmp_path) == rows_of(ran.train)
+  assert_same_bits(
+    final_state(ran.cfg, tmp_path), final_state(ran.cfg, ran.train)
+  )
+  for step in range(1, STEPS + 1):
+    assert (
+      traces.path_of(tmp_path, step).read_text()
+      == traces.path_of(ran.train, step).read_text()
+    )
+
+
+def test_killed_before_the_first_checkpoint(ran, tmp_path, monkeypatch):
+  """Nothing is saved yet: the run starts over, in the same directory."""
+  with monkeypatch.context() as patch:
+    stop_after(patch, checkpoint.Checkpoints, "save", 0)
+    with pytest.raises(Killed):
+      train.run(ran.cfg, tmp_path)
+  assert [row["step"] for row in rows_of(tmp_path)] == [0, 1]
+  with monkeypatch.context() as patch:
+    stop_after(patch, train.Trainer, "step", 1)
+    with pytest.raises(Killed):
+      train.run(ran.cfg, tmp_path)
+  assert rows_of(tmp_path) == rows_of(ran.train)[:2]
+
+
+def test_resumed_supervised_run_is_the_same_run(ran, tmp_path, monkeypatch):
+  cfg = settings()
+  with monkeypatch.context() as patch:
+    stop_after(patch, checkpoint.Checkpoints, "save", 4)
+    with pytest.raises(Killed):
+      sft.run(cfg, tmp_path)
+  assert len(rows_of(tmp_path)) == 100
+  sft.run(cfg, tmp_path)
+  assert rows_of(tmp_path) == rows_of(ran.sft)
+  assert_same_bits(
+    final_state(cfg, tmp_path, "sft"), final_state(cfg, ran.sft, "sft")
+  )
+
+
+def test_a_finished_run_says_so(ran, capsys):
+  before = (ran.train / runlog.METRICS).read_bytes()
+  train.run(ran.cfg, ran.train)
+  assert f"all {STEPS} steps are done" in capsys.readouterr().out
+  assert (ran.train / runlog.METRICS).read_bytes() == before
+  sft.run(settings(), ran.sft)
+  assert f"all {SFT_STEPS} steps are done" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_of_the_checkpoint_is_that_of_the_run(ran):
+  evaluate.run(ran.cfg, ran.train)
+  row = json.loads((ran.train / "eval.json").read_text())
+  last = rows_of(ran.train)[-1]
+  assert row == {k: v for k, v in last.items() if k.startswith("eval/")}
+  rollouts = list(episode_lib.read_episodes(ran.train / "eval_rollouts.jsonl"))
+  assert len(rollouts) == ran.cfg.eval.n_problems
+
+
+def episode(outcome, statuses=(), *, n_tokens=5, n_answers=1, n_turns=1):
+  made = episode_lib.Episode(n_turns=n_turns, answers=["1"] * n_answers)
+  made.roles = [layout.Role.PROMPT] * 3 + [layout.Role.MODEL] * n_tokens
+  made.token_ids = [7] * len(made.roles)
+  made.tool_records = [
+    episode_lib.ToolRecord(s, "python", "", "") for s in statuses
+  ]
+  made.stop_reason = layout.StopReason.ANSWERED
+  made.outcome = outcome
+  return made
+
+
+GROUPS = [
+  [
+    episode(Outcome.CORRECT, [Status.OK, Status.ERROR], n_tokens=9, n_turns=3),
+    episode(Outcome.CORRECT, [Status.OK]),
+  ],
+  [
+    episode(Outcome.CORRECT),
+    episode(Outcome.WRONG, [Status.TIMEOUT, Status.INFRA], n_answers=0),
+  ],
+  [
+    episode(Outcome.WRONG, [Status.OK]),
+    episode(Outcome.WRONG, [Status.OK], n_answers=2),
+  ],
+]
+
+
+def test_summary_by_hand():
+  row = evaluate.summarise(GROUPS)
+  want = {
+    "accuracy": 3 / 6,
+    "accuracy_stderr": np.std([1.0, 0.5, 0.0]) / 3**0.5,
+    "n_problems": 3.0,
+    "void": 0.0,
+    "failure_frequency_correct": 1 / 3,
+    "failure_frequency_wrong": 1 / 3,
+    "call_frequency": (2 + 1 + 0 + 1 + 1 + 1) / 6,
+    "num_turns": 8 / 6,
+    "mean_length": (9 + 5 * 5) / 6,
+    "one_answer": 4 / 6,
+    "truncated": 0.0,
+    "avg@2": 3 / 6,
+    "pass@1": (1 + 0.5 + 0) / 3,
+    "pass@2": (1 + 1 + 0) / 3,
+  }
+  assert row == pytest.approx(want)
+
+
+def test_summary_without_void_ones():
+  groups = [[episode(Outcome.VOID)], [episode(Outcome.CORRECT)]]
+  row = evaluate.summarise(groups)
+  assert row["accuracy"] == 1.0 and row["void"] == 1.0
+  # No call was made, so there is no share of failing ones.
+  assert "failure_frequency_correct" not in row
+
+
+def test_pass_at_is_unbiased():
+  """Of 4 samples with 1 right: 1 - C(3, k) / C(4, k) = k / 4."""
+  group = [episode(Outcome.CORRECT)] + [episode(Outcome.WRONG)] * 3
+  for k in (1, 2, 3, 4):
+    assert evaluate.pass_at([group], k) == pytest.approx(k / 4)
+  assert evaluate.pass_at([group, group[1:] + group[1:2]], 2) == 0.25
+
+
+# ------------------------------------------------------------------- mistakes
+
+
+def test_init_from_nothing(ran, tmp_path):
+  cfg = settings(init_from=str(tmp_path / "nowhere"))
+  with pytest.raises(errors.UserError, match="no checkpoint under.*nowhere"):
+    train.run(cfg, tmp_path / "run")
+
+
+def test_init_from_another_model(ran, tmp_path):
+  cfg = settings(**{"init_from": str(ran.sft), "model.d_ff": 96})
+  with pytest.raises(errors.UserError, match="another configuration"):
+    train.run(cfg, tmp_path / "run")
+
+
+def test_workdir_of_another_run(ran):
+  cfg = settings(**{"init_from": str(ran.sft), "train.lr": 0.5})
+  with pytest.raises(errors.UserError, match="train.lr"):
+    train.run(cfg, ran.train)
+  with pytest.raises(errors.UserError, match="run of `sft`"):
+    train.run(cfg, ran.sft)
+
+
+def test_prompts_must_fit(ran, tmp_path):
+  cfg = settings(**{"sampling.cache_length": 66})
+  with pytest.raises(errors.UserError, match="cache_length"):
+    train.run(cfg, tmp_path)
+
+
+# ------------------------------------------------------------------ variants
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {
+      "loss.kl_coef": 0.1,
+      "loss.entropy_coef": 0.01,
+      "loss.old_logprobs": "recompute",
+      "loss.correction": "tis",
+      "train.minibatches": 2,
+      "train.microbatch_rows": 2,
+    },
+    {
+      "loss.kind": "gspo",
+      "loss.normaliser": "dr_grpo",
+      "filter.mode": "inverse",
+      "filter.drop_void_turns": True,
+      "model.remat": "full",
+      "model.dtype": "bfloat16",
+      "sampling.top_k": 20,
+      "eval.temperature": 0.0,
+      "eval.samples": 2,
+    },
+  ],
+  ids=["all terms", "all else"],
+)
+def test_settings_run(ran, tmp_path, changes):
+  cfg = settings(**{"init_from": str(ran.sft), "train.steps": 2, **changes})
+  train.run(cfg, tmp_path)
+  for row in rows_of(tmp_path):
+    assert all(v is not None and math.isfinite(v) for v in row.values())
+
+
+@pytest.mark.slow
+def test_eight_devices_train_alike(ran, tmp_path):
+  """The first step of a mesh is that of one device, to rounding."""
+  cfg = settings(
+    **{
+      "init_from": str(ran.sft),
+      "mesh.data": 2,
+      "mesh.fsdp": 2,
+      "mesh.tensor": 1,
+    }
+  )
+  train.run(cfg, tmp_path)
+  got, want = rows_of(tmp_path), rows_of(ran.train)
+  assert got[0] == want[0]
+  assert got[1] == pytest.approx(want[1], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_longer_buckets_change_nothing_but_last_bits(ran, tmp_path):
+  cfg = settings(
+    **{"init_from": str(ran.sft), "train.buckets": (256,), "train.steps": 1}
+  )
+  train.run(cfg, tmp_path)
+  got, want = rows_of(tmp_path)[1], rows_of(ran.train)[1]
+  got = {k: v for k, v in got.items() if not k.startswith("eval/")}
+  assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
