@@ -21,6 +21,7 @@ from roc import layout
 from roc.host import chat as chat_lib
 from roc.host import episode as episode_lib
 from roc.host import tools
+from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
 
 
@@ -242,7 +243,7 @@ def run_demonstrations(
     One finished episode for each script, log-probs 0, judged like a rollout.
 
   Raises:
-    RuntimeError: a call that must succeed did not; the sandbox is not well.
+    SandboxError: a call that must succeed did not; the sandbox is not well.
   """
   runs = [_Run(demo, chat, toolbox, i) for i, demo in enumerate(demonstrations)]
   n_total = sum(len(demo.turns) for demo in demonstrations)
@@ -310,8 +311,9 @@ class _Run:
     for outcome in outcomes:
       self.episode.record_call(outcome)
       if outcome.status == layout.ToolStatus.INFRA:
-        raise RuntimeError(
-          "the sandbox failed on a demonstration's call: " + outcome.text
+        raise contract.SandboxError(
+          f"the sandbox failed on a demonstration's call ({outcome.text}); run"
+          " the same command again"
         )
       if outcome.status == layout.ToolStatus.OK:
         self._printed = outcome.text
@@ -335,8 +337,10 @@ class _Run:
 
   def _fill(self, text: str) -> str:
     if _PREVIOUS in text and not self._printed:
-      raise RuntimeError(
-        f"{self.episode.task_id}: a demonstration's call printed nothing; its "
-        f"calls ended as {[r.status.name for r in self.episode.tool_records]}"
+      ends = ", ".join(r.status.name for r in self.episode.tool_records)
+      raise contract.SandboxError(
+        f"{self.episode.task_id}: a demonstration's call printed nothing; its"
+        f" calls ended as {ends}; raise the limits of a tool call or run the"
+        " same command again"
       )
     return text.replace(_PREVIOUS, self._printed)
