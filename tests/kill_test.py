@@ -4,6 +4,7 @@ The program is killed from outside, by an observer that hears which phase it has
 just entered and strikes a random moment later. Restarts are the plain command.
 """
 
+import contextlib
 import os
 import pathlib
 import random
@@ -97,9 +98,11 @@ def run_to_its_end(env, argv):
 def descendants(pid):
   """All processes under a process, by the kernel's own account."""
   found = []
-  for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-    for child in (task / "children").read_text().split():
-      found += [int(child), *descendants(child)]
+  # Programs end while this looks.
+  with contextlib.suppress(OSError):
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+      for child in (task / "children").read_text().split():
+        found += [int(child), *descendants(child)]
   return found
 
 
@@ -140,6 +143,7 @@ def run_and_kill(env, argv, phase, n, delay):
       return None
     time.sleep(delay)
     below = {pid: started_at(pid) for pid in descendants(process.pid)}
+    below = {pid: start for pid, start in below.items() if start is not None}
     assert below, "no sandbox was running"
   finally:
     process.kill()
