@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,9 @@ def make_loop(
 
 
 @contextlib.contextmanager
-def started_sandbox(host: wiring.HostParts) -> Iterator[Any]:
+def started_sandbox(
+  host: wiring.HostParts,
+) -> Generator[Any, None, None]:
   """The sandbox, running until the block ends.
 
   Raises:

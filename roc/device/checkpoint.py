@@ -21,7 +21,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -266,7 +266,7 @@ def _write_arrays(path: pathlib.Path, leaves: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None, None, None]:
   """No logged tracebacks of threads that write: `save` raises it itself."""
   before = logging.root.manager.disable
   logging.disable(logging.ERROR)

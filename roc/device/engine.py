@@ -85,7 +85,7 @@ class Engine:
     self.policy = policy
     self.config = config
     self.prefilled_tokens = 0  # fed by submit and extend, over its life
-    self._stop_ids = tuple(int(i) for i in stop_ids)
+    self._stop_ids = tuple(stop_ids)
     self._params: model_lib.Params | None = None
     self._free = list(range(config.n_slots))[::-1]
     self._append = jax.jit(self._append_fn, donate_argnums=1)
