@@ -277,6 +277,7 @@ def test_resumed_run_is_the_same_run(ran, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint(ran, tmp_path, monkeypatch):
   """Nothing is saved yet: the run starts over, in the same directory."""
   with monkeypatch.context() as patch:
