@@ -92,7 +92,7 @@ class EvalConfig:
 class CheckpointConfig:
   """When everything is saved."""
 
-  every: int = 5  # steps between checkpoints
+  every: int = 5  # steps between checkpoints; 20 times as many in sft
   keep: int = 2  # newest checkpoints that are kept
 
 

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, runlog, wiring
+from roc import build, errors, runlog, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -53,8 +53,11 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     if start >= cfg.sft.steps:
       build.say(f"{workdir}: all {start} steps are done")
       return
-    episodes = _demonstrations(cfg, host, workdir, claim)
-    rows = pack.pack_sft(episodes, cfg.sft.length)
+    try:
+      episodes = _demonstrations(cfg, host, workdir, claim)
+      rows = pack.pack_sft(episodes, cfg.sft.length)
+    except ValueError as e:  # a task without scripts, a damaged or a long line
+      raise errors.UserError(f"demonstrations: {e}") from e
     first = build.first_state(cfg, learner)
     state = restored.state if restored else first
 
