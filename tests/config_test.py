@@ -114,7 +114,8 @@ def test_unusual_settings_that_can_be():
     {"train.steps": 2},
     {"eval.temperature": 0.0, "eval.every": 0},
   ):
-    config.resolve(changed(settings))
+    flat = config.flatten(config.resolve(changed(settings)))
+    assert {key: flat[key] for key in settings} == settings
 
 
 def test_mesh_must_fit_the_machine():

@@ -110,7 +110,8 @@ def test_void_rollouts_may_hold_any_reward():
   outcome[0, 0] = layout.Outcome.VOID
   reward = np.zeros((2, 4), np.float32)
   reward[0, 0] = np.nan
-  make(outcome=outcome, reward=reward).validate_values()
+  batch = make(outcome=outcome, reward=reward)
+  assert batch.validate_values() is batch
 
 
 def test_take_picks_rollouts_and_leaves_group_fields():
