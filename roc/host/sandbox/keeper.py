@@ -78,12 +78,5 @@ def _watch(trainer: int, server: int, trash: str) -> None:
 
 def _kill_all() -> None:
   """Kills all descendants: each death hands us the next generation."""
-  while True:
-    for pid in linux.children(os.getpid()):
-      linux.kill_quietly(pid)
-    try:
-      while os.waitpid(-1, os.WNOHANG) != (0, 0):
-        pass
-    except ChildProcessError:
-      return
+  while not linux.kill_children():
     time.sleep(0.002)

@@ -209,6 +209,18 @@ def kill_quietly(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def kill_children() -> bool:
+  """Kills this process's children and reaps the dead; True if none is left."""
+  for pid in children(os.getpid()):
+    kill_quietly(pid)
+  try:
+    while os.waitpid(-1, os.WNOHANG) != (0, 0):
+      pass
+  except ChildProcessError:
+    return True
+  return False
+
+
 def kill_group_quietly(pgid: int) -> None:
   """SIGKILLs a process group; an empty one is no error."""
   with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -343,14 +343,7 @@ class Server:
     deadline = time.monotonic() + _PATIENCE_S
     for pid in self._active:
       linux.kill_group_quietly(pid)
-    while time.monotonic() < deadline:
-      for pid in linux.children(os.getpid()):
-        linux.kill_quietly(pid)
-      try:
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
-          pass
-      except ChildProcessError:
-        return
+    while not linux.kill_children() and time.monotonic() < deadline:
       time.sleep(0.002)
 
 
