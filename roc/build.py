@@ -67,14 +67,20 @@ def make_loop(
   host: wiring.HostParts,
   toolbox: tools.Toolbox,
 ) -> rollout.AgentLoop:
-  """An agent loop with an engine of its own."""
+  """An agent loop with an engine of its own.
+
+  Raises:
+    errors.UserError: answers cannot be checked here; says why.
+  """
   limits = rollout.Limits(
     settings.max_turns, settings.max_tokens, settings.max_calls
   )
   sampler = engine.Engine(policy, settings, host.chat.stop_ids)
-  return rollout.AgentLoop(
-    sampler, host.chat, toolbox, limits, score=host.score
-  )
+  try:
+    score = host.make_score(toolbox.sandbox)
+  except contract.SandboxError as e:
+    raise errors.UserError(str(e)) from e
+  return rollout.AgentLoop(sampler, host.chat, toolbox, limits, score=score)
 
 
 @contextlib.contextmanager

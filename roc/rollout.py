@@ -46,7 +46,8 @@ class Timing:
   """Seconds of wall time by what they were spent on."""
 
   generate: float = 0.0  # the device draws or reads tokens
-  tools: float = 0.0  # nothing could be drawn: waiting for the sandbox
+  # Nothing could be drawn: waiting for the sandbox, for tools or for verdicts.
+  tools: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +80,20 @@ class AgentLoop:
     toolbox: tools.Toolbox,
     limits: Limits,
     *,
-    score: Callable[..., rewards.Verdict] = rewards.score,
+    score: rewards.Score = rewards.score,
     system: str = "",
   ):
+    """Builds the loop.
+
+    Args:
+      sampler: draws tokens.
+      chat: format of prompts and tool answers.
+      toolbox: runs the calls.
+      limits: of one rollout.
+      score: judges answers, called as `rewards.score` is; it must not block,
+        and may return the future of its verdict.
+      system: system text of every prompt.
+    """
     self.sampler = sampler
     self.score = score
     self.chat = chat
@@ -117,6 +129,7 @@ class AgentLoop:
       groups[live.episode.group_index].append(live.episode)
     n_all, n_done = len(waiting), 0
     timing = Timing()
+    judging: list[tuple[episode_lib.Episode, futures.Future]] = []
     running: dict[int, _Live] = {}
     while waiting or running:
       start = time.perf_counter()
@@ -132,12 +145,16 @@ class AgentLoop:
       if done:
         self.sampler.release(done)
         for slot in done:
-          del running[slot]
+          judging += self._judge(running.pop(slot).episode)
         n_done += len(done)
         if on_finished is not None:
           on_finished(n_done, n_all)
       if not drawn and not done and running:
         timing.tools += _wait_for_any(running.values())
+    start = time.perf_counter()
+    for episode, verdict in judging:
+      episode.judge(verdict.result())
+    timing.tools += time.perf_counter() - start
     return groups, timing
 
   def _new(self, problems, n_rollouts, seed, step) -> Iterable[_Live]:
@@ -189,12 +206,12 @@ class AgentLoop:
       for outcome in outcomes:
         live.episode.record_call(outcome)
       if any(o.status == layout.ToolStatus.INFRA for o in outcomes):
-        live.episode.finish(layout.StopReason.INFRA, self.score)
+        live.episode.stop(layout.StopReason.INFRA)
         continue
       ids, roles = self.chat.tool_suffix([o.text for o in outcomes])
       # One more than the answer: the model must be able to say something.
       if len(ids) >= live.budget:
-        live.episode.finish(layout.StopReason.TOOL_OVERFLOW, self.score)
+        live.episode.stop(layout.StopReason.TOOL_OVERFLOW)
         continue
       live.episode.append_environment(ids, roles)
       live.budget -= len(ids)
@@ -214,13 +231,27 @@ class AgentLoop:
     is_whole = live.turn[-1] in self.chat.stop_ids
     live.turn = []
     if not is_whole:
-      live.episode.finish(layout.StopReason.MAX_TOKENS, self.score)
+      live.episode.stop(layout.StopReason.MAX_TOKENS)
     elif not turn.calls:
-      live.episode.finish(layout.StopReason.ANSWERED, self.score)
+      live.episode.stop(layout.StopReason.ANSWERED)
     elif live.episode.n_turns >= self.limits.max_turns:
-      live.episode.finish(layout.StopReason.MAX_TURNS, self.score)
+      live.episode.stop(layout.StopReason.MAX_TURNS)
     else:
       self._call(live, turn.calls)
+
+  def _judge(
+    self, episode: episode_lib.Episode
+  ) -> list[tuple[episode_lib.Episode, futures.Future]]:
+    """Judges an episode that ended, or returns what there is to wait for."""
+    if episode.outcome == layout.Outcome.VOID:
+      return []
+    verdict = self.score(
+      episode.answers, episode.gold, is_truncated=episode.is_truncated
+    )
+    if isinstance(verdict, futures.Future):
+      return [(episode, verdict)]
+    episode.judge(verdict)
+    return []
 
   def _call(self, live: _Live, calls: Sequence[calls_lib.ToolCall]) -> None:
     """Starts a turn's calls, within what the rollout may still make.
@@ -231,7 +262,7 @@ class AgentLoop:
     n_before = len(e.tool_records)
     room = self.limits.max_calls - n_before
     if room <= 0:
-      e.finish(layout.StopReason.MAX_TURNS, self.score)
+      e.stop(layout.StopReason.MAX_TURNS)
       return
     trajectory = (e.step, e.task_index, e.rollout_id)
     live.calls = [

@@ -24,7 +24,7 @@ import gin
 
 from roc import errors
 from roc.host import chat as chat_lib
-from roc.host import rewards, tools
+from roc.host import rewards, tools, verify
 from roc.host import sandbox as sandbox_lib
 from roc.host import tokenizer as tokenizer_lib
 from roc.host.tasks import arithmetic, demonstrations, jsonl, problem
@@ -42,8 +42,8 @@ class HostParts:
   eval_task: problem.Task
   rates: demonstrations.MessRates
   limits: Any  # sandbox.Limits of a tool call
-  score: Callable[..., rewards.Verdict]
   make_sandbox: Callable[[], Any]  # a context manager that starts it
+  make_score: Callable[[Any], rewards.Score]  # from a started sandbox
   make_toolbox: Callable[[Any], tools.Toolbox]  # from a started sandbox
   gin_text: str  # every binding, for config.gin
 
@@ -59,7 +59,7 @@ def host(
   limits: Any = None,
   sandbox: Callable[..., Any] | None = None,
   toolbox: Callable[..., tools.Toolbox] | None = None,
-  score: Callable[..., rewards.Verdict] | None = None,
+  score: Callable[..., rewards.Score] | None = None,
 ) -> HostParts:
   """The root of a gin file: `host.train_task = @train/ArithmeticTask`.
 
@@ -76,7 +76,8 @@ def host(
     limits: what a tool call may use.
     sandbox: makes the sandbox from `limits` and `seed`.
     toolbox: makes the tools from a sandbox.
-    score: judges a rollout's answers.
+    score: makes what judges answers from a sandbox: `@exact_score` or
+      `@math_score`.
   """
   tokenizer = tokenizer or _part("quickstart_tokenizer")()
   chat = chat or _part("ChatFormat")
@@ -99,8 +100,8 @@ def host(
     eval_task=eval_task(),
     rates=rates or _part("MessRates")(),
     limits=limits,
-    score=_settled(score or _part("score")),
     make_sandbox=make_sandbox,
+    make_score=_settled(score or _part("exact_score")),
     make_toolbox=make_toolbox,
     gin_text="",
   )
@@ -146,7 +147,8 @@ def parts() -> dict[str, dict[str, inspect.Parameter]]:
     (sandbox_lib.Limits, "Limits"),
     (sandbox_lib.Sandbox, "Sandbox", "limits", "seed"),
     (tools.Toolbox, "Toolbox", "sandbox"),
-    (rewards.score, "score", "answers", "gold", "is_truncated"),
+    (rewards.exact_score, "exact_score", "sandbox"),
+    (verify.math_score, "math_score", "sandbox"),
   ):
     gin.external_configurable(part, name, denylist=passed_in)
     parameters = inspect.signature(part).parameters

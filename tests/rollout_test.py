@@ -11,8 +11,8 @@ from roc import layout, rollout
 from roc.device import engine as engine_lib
 from roc.device import sampling
 from roc.host import chat as chat_lib
+from roc.host import rewards, tools
 from roc.host import tokenizer as tokenizer_lib
-from roc.host import tools
 from roc.host.tasks import problem
 
 Status, Stop, Role = layout.ToolStatus, layout.StopReason, layout.Role
@@ -159,11 +159,13 @@ class World:
     )
     self.n_slots, self.chunk = n_slots, chunk
 
-  def run(self, sandbox=None, **kwargs):
+  def run(self, sandbox=None, score=rewards.score, **kwargs):
     self.sandbox = sandbox or Sandbox()
     self.sampler = Sampler(self.scripts, self.n_slots, self.chunk, self.sandbox)
     self.toolbox = tools.Toolbox(self.sandbox)
-    loop = rollout.AgentLoop(self.sampler, self.chat, self.toolbox, self.limits)
+    loop = rollout.AgentLoop(
+      self.sampler, self.chat, self.toolbox, self.limits, score=score
+    )
     groups, self.timing = loop.run(
       self.problems, self.n_rollouts, seed=SEED, step=STEP, **kwargs
     )
@@ -324,6 +326,116 @@ def test_infra_is_no_wrong_answer(chat, say):
   assert [r.status for r in failed.tool_records] == [Status.INFRA]
   assert failed.n_judged_calls == 0
   assert fine.outcome == layout.Outcome.CORRECT
+
+
+# ------------------------------------------------------------------- rewards
+
+OPEN, CLOSE = tokenizer_lib.ANSWER_OPEN, tokenizer_lib.ANSWER_CLOSE
+
+
+@pytest.mark.parametrize(
+  ("last", "answers"),
+  [
+    ([], []),
+    (["The tool said 0."], []),
+    (["So it is \\boxed{0}."], []),
+    ([OPEN, "\\boxed{0}"], []),
+    ([OPEN, "0", CLOSE], []),
+    ([OPEN, "\\boxed{}", CLOSE, "\\boxed{0}"], []),
+    ([OPEN, "\\boxed{7}", CLOSE, "\\boxed{0}"], ["7"]),
+    ([OPEN, "\\boxed{0}", CLOSE, OPEN, "\\boxed{7}", CLOSE], ["0", "7"]),
+    ([OPEN, "\\boxed{0} or \\boxed{7}", CLOSE], ["7"]),
+    (["<answer>\\boxed{0}</answer>"], []),
+  ],
+)
+def test_what_a_tool_printed_or_stands_outside_earns_nothing(
+  chat, say, last, answers
+):
+  """The gold answer is everywhere but where it would count."""
+  special = chat.tokenizer.special_ids
+  turn = [
+    token
+    for piece in last
+    for token in ([special[piece]] if piece in special else say.text(piece))
+  ]
+  world = World(chat, [[[say.calls("print"), [*turn, say.end]]]])
+  printed = f"{OPEN}\\boxed{{0}}{CLOSE}"
+  episode = world.run_one(Sandbox(results={"print": Result(stdout=printed)}))
+  assert printed in chat.tokenizer.decode(episode.token_ids)
+  assert episode.stop_reason == Stop.ANSWERED and episode.answers == answers
+  assert episode.outcome == layout.Outcome.WRONG and episode.reward == 0.0
+  assert episode.verdict == ("wrong" if answers else "no_answer")
+
+
+def test_an_answer_without_a_box_does_not_take_one_back(chat, say):
+  tags = [chat.tokenizer.special_id(tag) for tag in (OPEN, CLOSE)]
+  turn = [*say.answer("0")[:-1], tags[0], *say.text("7"), tags[1], say.end]
+  episode = World(chat, [[[turn]]]).run_one()
+  assert episode.answers == ["0"] and episode.reward == 1.0
+
+
+class LateScore:
+  """Gives futures, and the verdicts when asked to, the last one first."""
+
+  def __init__(self):
+    self.asked = []
+
+  def __call__(self, answers, gold, *, is_truncated=False):
+    future = futures.Future()
+    self.asked.append((future, answers, gold, is_truncated))
+    return future
+
+  def resolve(self):
+    for future, answers, gold, is_truncated in reversed(self.asked):
+      if not future.done():
+        future.set_result(
+          rewards.score(answers, gold, is_truncated=is_truncated)
+        )
+
+
+def test_verdicts_may_come_after_the_last_token(chat, mixed):
+  want = dump(World(chat, mixed).run())
+  score = LateScore()
+  n_running = []
+
+  def on_finished(n_done, n_all):
+    n_running.append(n_all - n_done)
+    if n_done == n_all:
+      score.resolve()
+
+  world = World(chat, mixed, n_slots=2)
+  got = world.run(score=score, on_finished=on_finished)
+  assert dump(got) == want
+  # All had been drawn before the first was judged.
+  assert n_running[-1] == 0 and len(score.asked) == 9
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("reason", sorted(rewards.VOID_REASONS))
+def test_a_failed_check_is_no_wrong_answer(chat, say, reason, is_late):
+  def score(answers, gold, *, is_truncated=False):
+    verdict = rewards.Verdict(False, reason, answers[-1], len(answers))
+    if answers != ["7"]:
+      verdict = rewards.score(answers, gold, is_truncated=is_truncated)
+    future = futures.Future()
+    future.set_result(verdict)
+    return future if is_late else verdict
+
+  world = World(chat, [[[say.answer("7")], [say.answer("0")]]])
+  ((failed, fine),) = world.run(score=score)
+  assert failed.stop_reason == Stop.ANSWERED
+  assert (failed.outcome, failed.verdict) == (layout.Outcome.VOID, reason)
+  assert failed.reward == 0.0
+  assert fine.outcome == layout.Outcome.CORRECT and fine.reward == 1.0
+
+
+def test_a_rollout_that_met_infra_is_not_judged(chat, say):
+  score = LateScore()
+  world = World(chat, [[[say.calls("bad")]]])
+  sandbox = Sandbox(results={"bad": Result(status=Status.INFRA)})
+  ((episode,),) = world.run(sandbox, score=score)
+  assert score.asked == [] and episode.verdict == "void"
+  assert episode.outcome == layout.Outcome.VOID
 
 
 # --------------------------------------------------------------------- calls

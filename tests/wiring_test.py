@@ -23,7 +23,8 @@ def test_defaults_build_the_quickstart():
   assert train.id.startswith("train-0-") and heldout.id.startswith("heldout-0-")
   assert host.chat.prompt_ids(train.question)
   assert host.limits == sandbox.Limits()
-  assert host.score([train.answer], train.answer).is_correct
+  score = host.make_score(host.make_sandbox())
+  assert score([train.answer], train.answer).is_correct
 
 
 def test_the_experiment_file_binds_what_it_says():
@@ -67,6 +68,20 @@ def test_an_earlier_build_keeps_its_bindings():
   assert isinstance(plain.make_toolbox(unstarted), tools.Toolbox)
 
 
+def test_the_scorer_is_chosen_in_gin():
+  host = build("host.score = @math_score", "math_score.cpu_s = 7.5")
+  build("math_score.cpu_s = 1.5")
+  assert host.make_score.func.__name__ == "math_score"
+  assert host.make_score.keywords == {
+    "cpu_s": 7.5,
+    "wall_s": 30.0,
+    "memory_mb": 1024,
+  }
+  # It is tried before it is used.
+  with pytest.raises(sandbox.SandboxError, match="cannot be checked"):
+    host.make_score(host.make_sandbox())
+
+
 def test_gin_text_builds_the_same_host_again(tmp_path):
   host = build("mess = 0.125", files=[ARITHMETIC])
   (tmp_path / "config.gin").write_text(host.gin_text)
@@ -94,6 +109,8 @@ def test_the_runs_seed_orders_training_and_not_evaluation():
     ("Limits.wall_s = %unset", "macro %unset is used and never set"),
     ("Toolbox.renderer = 'x'", "gin: Toolbox: tool renderer 'x' is unknown"),
     ("Sandbox.n_workers = 0", "n_workers must be at least 1"),
+    ("math_score.cpu_s = 'x'", "math_score.cpu_s must be float, got 'x'"),
+    ("host.score = @maths_score", r"did you mean math_score\?"),
     ("ArithmeticTask.seed = 3", "denylisted kwarg 'seed'"),
     ("host.train_task = @JsonlTask", "missing 1 required .* 'path'"),
     ("half a statement", "`half a statement`: Couldn't parse"),

@@ -192,23 +192,43 @@ class Episode:
     stop_reason: layout.StopReason,
     score: Callable[..., rewards.Verdict] = rewards.score,
   ) -> None:
-    """Ends the episode and judges it; shaping may change `reward` later.
-
-    An environment's fault (INFRA, CANCELLED) makes it VOID, outside its group.
+    """Ends the episode and judges it at once: `stop`, then `judge`.
 
     Args:
       stop_reason: why it ended.
       score: judges the answers, called as `rewards.score` is.
     """
+    self.stop(stop_reason)
+    if self.outcome != layout.Outcome.VOID:
+      self.judge(score(self.answers, self.gold, is_truncated=self.is_truncated))
+
+  def stop(self, stop_reason: layout.StopReason) -> None:
+    """Ends the episode; it has a verdict only where it needs no judging.
+
+    An environment's fault (INFRA, CANCELLED) makes it VOID, outside its group.
+
+    Args:
+      stop_reason: why it ended.
+    """
     self.stop_reason = stop_reason
-    verdict = score(self.answers, self.gold, is_truncated=self.is_truncated)
-    self.verdict = verdict.reason
-    self.reward = verdict.reward
-    self.outcome = layout.Outcome(int(verdict.is_correct))
     if stop_reason in (layout.StopReason.INFRA, layout.StopReason.CANCELLED):
       self.outcome = layout.Outcome.VOID
-      self.reward = 0.0
       self.verdict = "void"
+
+  def judge(self, verdict: rewards.Verdict) -> None:
+    """Takes the verdict on an episode that has ended.
+
+    Shaping may change `reward` later. A checker's own fault makes the episode
+    VOID as a tool's does.
+
+    Raises:
+      ValueError: the episode has not ended, or is VOID.
+    """
+    if self.stop_reason is None or self.outcome == layout.Outcome.VOID:
+      raise ValueError("only an episode that ended, and not VOID, is judged")
+    self.verdict = verdict.reason
+    self.reward = verdict.reward
+    self.outcome = verdict.outcome
 
   def _append(
     self,

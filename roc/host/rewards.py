@@ -9,7 +9,11 @@ leave the answer out.
 import dataclasses
 import fractions
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from typing import Any
+
+from roc import layout
 
 # Longer text is no answer to an arithmetic problem, and parsing a huge integer
 # takes time that grows with its square.
@@ -23,6 +27,10 @@ _NUMBER = re.compile(
   """,
   re.VERBOSE,
 )
+# Not the model's fault: the rollout is left out of its group.
+VOID_REASONS = frozenset(
+  {"verifier_timeout", "verifier_error", "infra", "bad_gold"}
+)
 _LATEX_FRACTION = re.compile(r"([+-]?)\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
@@ -32,7 +40,8 @@ class Verdict:
 
   Attributes:
     is_correct: raw correctness, the key of rewards and of the filter.
-    reason: `correct`, `wrong`, `no_answer` or `truncated`.
+    reason: `correct`, `wrong`, `no_answer` or `truncated`; or why there is no
+      saying, one of `VOID_REASONS`.
     answer: the answer that was judged; None when there was none.
     n_answers: well-formed answers in the whole rollout.
   """
@@ -46,6 +55,23 @@ class Verdict:
   def reward(self) -> float:
     """1 for a correct answer, 0 for anything else."""
     return float(self.is_correct)
+
+  @property
+  def outcome(self) -> layout.Outcome:
+    """Right, wrong, or not to be judged by the checker's own fault."""
+    if self.reason in VOID_REASONS:
+      return layout.Outcome.VOID
+    return layout.Outcome(int(self.is_correct))
+
+
+# Judges answers; a verdict that takes a while comes as a future.
+Score = Callable[..., Verdict | futures.Future[Verdict]]
+
+
+def exact_score(sandbox: Any) -> Score:
+  """Makes the scorer of exact numbers; it needs no sandbox."""
+  del sandbox
+  return score
 
 
 def score(
@@ -62,14 +88,22 @@ def score(
     gold: the right answer.
     is_truncated: the rollout ran into a turn or token limit.
   """
+  verdict = unanswered(answers, is_truncated=is_truncated)
+  if verdict is not None:
+    return verdict
+  is_correct = is_equal(answers[-1], gold)
+  reason = "correct" if is_correct else "wrong"
+  return Verdict(is_correct, reason, answers[-1], len(answers))
+
+
+def unanswered(answers: Sequence[str], *, is_truncated: bool) -> Verdict | None:
+  """The verdict on a rollout without an answer that counts, else None."""
   answer = answers[-1] if answers else None
   if is_truncated:
     return Verdict(False, "truncated", answer, len(answers))
   if answer is None:
     return Verdict(False, "no_answer", None, 0)
-  is_correct = is_equal(answer, gold)
-  reason = "correct" if is_correct else "wrong"
-  return Verdict(is_correct, reason, answer, len(answers))
+  return None
 
 
 def is_equal(answer: str, gold: str) -> bool:

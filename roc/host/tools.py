@@ -69,7 +69,7 @@ class Toolbox:
     if max_chars < 1:
       raise ValueError(f"max_chars must be at least 1, not {max_chars}")
     self.tool_name = tool_name
-    self._sandbox = sandbox
+    self.sandbox = sandbox
     self._render = (
       renderers.RENDERERS[renderer] if isinstance(renderer, str) else renderer
     )
@@ -101,7 +101,7 @@ class Toolbox:
     if call.error is not None:
       done.set_result(self._outcome(call, layout.ToolStatus.REJECTED, None))
       return done
-    running = self._sandbox.submit(
+    running = self.sandbox.submit(
       call.arguments["code"], trajectory=trajectory, call_index=call_index
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from roc import layout
-from roc.host import calls, episode, tools
+from roc.host import calls, episode, rewards, tools
 
 ROLE = layout.Role
 STATUS = layout.ToolStatus
@@ -207,3 +207,22 @@ def test_files_are_read_in_order_and_errors_are_clear(chat, tmp_path):
       list(episode.read_episodes(path))
   with pytest.raises(ValueError, match="cannot read episodes from .*none"):
     list(episode.read_episodes(tmp_path / "none"))
+
+
+def test_it_is_judged_once_it_has_ended(chat):
+  verdict = rewards.Verdict(True, "correct", "7", 1)
+  running = episode.Episode(gold="7")
+  running.append_prompt([1, 2])
+  with pytest.raises(ValueError, match="ended"):
+    running.judge(verdict)
+  running.stop(STOP.ANSWERED)
+  assert running.verdict == "" and running.outcome == layout.Outcome.WRONG
+  running.judge(verdict)
+  assert running.outcome == layout.Outcome.CORRECT and running.reward == 1.0
+  failed = dataclasses.replace(running, reward=0.0)
+  failed.judge(rewards.Verdict(False, "verifier_timeout", "7", 1))
+  assert failed.outcome == layout.Outcome.VOID and failed.reward == 0.0
+  failed.stop(STOP.INFRA)
+  with pytest.raises(ValueError, match="VOID"):
+    failed.judge(verdict)
+  assert failed.verdict == "void"

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from roc import layout
 from roc.host import calls, rewards
 
 
@@ -92,12 +93,39 @@ def test_score(answers, is_truncated, is_correct, reason):
   assert verdict.answer == (answers[-1] if answers else None)
 
 
+def test_exact_score_needs_no_sandbox():
+  score = rewards.exact_score(None)
+  assert score(["2468/2"], "1234").is_correct
+
+
+@pytest.mark.parametrize(
+  ("reason", "outcome"),
+  [
+    ("correct", layout.Outcome.CORRECT),
+    ("wrong", layout.Outcome.WRONG),
+    ("no_answer", layout.Outcome.WRONG),
+    ("truncated", layout.Outcome.WRONG),
+    ("verifier_timeout", layout.Outcome.VOID),
+    ("verifier_error", layout.Outcome.VOID),
+    ("infra", layout.Outcome.VOID),
+    ("bad_gold", layout.Outcome.VOID),
+  ],
+)
+def test_outcome_of_a_verdict(reason, outcome):
+  verdict = rewards.Verdict(reason == "correct", reason, "7", 1)
+  assert verdict.outcome == outcome
+  assert verdict.reward == float(outcome == layout.Outcome.CORRECT)
+
+
 @pytest.mark.parametrize(
   ("text", "content"),
   [
     ("\\boxed{7}", "7"),
     ("a \\boxed{1} b \\boxed{ 2 } c", "2"),
     ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{1} \\text{ or } \\boxed{2}", "2"),
+    ("\\boxed{7} cm, roughly", "7"),
+    ("\\boxed{7} \\boxed{}", None),
     ("\\boxed{}", None),
     ("\\boxed{ }", None),
     ("\\boxed{7", None),

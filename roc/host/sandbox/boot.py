@@ -36,23 +36,28 @@ def _hold_back_fork_hooks() -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-  """Starts keeper and server; in a forked child, runs the child's job."""
+  """Starts keeper and supervisor; in what is forked later, runs its job.
+
+  Each loop returns in the process that it has forked what is to be done there,
+  and returns nothing where it is over; see `zygote`.
+  """
   _stand_up_packages()
   register = os.register_at_fork
   hooks = _hold_back_fork_hooks()
-  from roc.host.sandbox import child, keeper, server
+  from roc.host.sandbox import child, keeper, supervisor
 
   # A trainer with many files open hands over a high number: take a low one,
   # so that a small limit on descriptors is enough.
   channel_fd, root = os.dup(int(argv[1])), argv[2]
   os.close(int(argv[1]))
   keeper.split(channel_fd, root)  # the parent stays in there to its end
-  job = server.serve(channel_fd, root)
-  os.register_at_fork = register
-  for held in hooks if job is not None else ():
-    register(**held)
-  if job is not None:
-    child.run(job)
+  go = supervisor.serve(channel_fd, root)
+  while go is not None:
+    if child.is_program(go):
+      os.register_at_fork = register
+      for held in hooks:
+        register(**held)
+    go = go()
 
 
 if __name__ == "__main__":

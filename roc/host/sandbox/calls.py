@@ -14,14 +14,20 @@ Future = concurrent.futures.Future[contract.ToolResult]
 
 @dataclasses.dataclass(eq=False)
 class Call:
-  """A submitted call; `retries` counts servers that it was lost with."""
+  """A submitted call; `retries` counts supervisors that it was lost with."""
 
   id: int
+  trajectory: contract.Trajectory
   message: dict
   future: Future
   submitted: float
   retries: int = 0
   is_cancelled: bool = False
+
+  @property
+  def session(self) -> str:
+    """Name of the session it belongs to; "" for none."""
+    return self.message["session"]
 
   @classmethod
   def new(
@@ -29,26 +35,41 @@ class Call:
     call_id: int,
     code: str,
     stdin: str | bytes,
+    tool: str,
+    trajectory: contract.Trajectory,
     limits: contract.Limits,
     seed: str,
-    future: Future,
   ) -> "Call":
-    """Returns a call and the message that asks a server to run it."""
+    """Returns a call and the message that asks a supervisor to run it."""
     message = {
       "op": "call",
       "id": call_id,
+      "tool": tool,
+      "session": session_name(trajectory) if tool == "session" else "",
       "code": code,
       "stdin": base64.b64encode(contract.stdin_bytes(stdin)).decode("ascii"),
       "limits": limits.to_json(),
       "seed": seed,
     }
-    return cls(call_id, message, future, time.monotonic())
+    future: Future = concurrent.futures.Future()
+    return cls(call_id, trajectory, message, future, time.monotonic())
 
-  def infra(self, why: str, tier: str) -> contract.ToolResult:
+  def infra(
+    self, why: str, tier: str, cause: str = "sandbox"
+  ) -> contract.ToolResult:
     """Returns the result of a call that the sandbox failed."""
     return contract.ToolResult(
-      layout.ToolStatus.INFRA, stderr=why, tier=tier, retries=self.retries
+      layout.ToolStatus.INFRA,
+      stderr=why,
+      cause=cause,
+      tier=tier,
+      retries=self.retries,
     )
+
+
+def session_name(trajectory: contract.Trajectory) -> str:
+  """Returns the name of a trajectory's session, never empty."""
+  return f"={trajectory!r}"
 
 
 def seed_digest(

@@ -13,7 +13,7 @@ from roc import layout
 
 # Weakest first; a machine's tier is the strongest one that its probes allow.
 TIERS = ("process", "filtered", "confined", "isolated", "external")
-TOOLS = ("python",)
+TOOLS = ("python", "session")
 MAX_STDIN_BYTES = 16 << 20
 _MAX_TEXT_BYTES = 2 << 20  # what fits a message when every byte is escaped
 
@@ -24,6 +24,23 @@ class SandboxError(RuntimeError):
   """The sandbox cannot start or cannot be used; says what and the remedy."""
 
 
+def tier_name(text: str) -> str:
+  """Returns the tier that a user means by its name or by `T0` to `T4`.
+
+  Raises:
+    ValueError: there is no such tier.
+  """
+  word = text.strip().lower()
+  if word in TIERS:
+    return word
+  if len(word) == 2 and word[0] == "t" and word[1] in "01234":
+    return TIERS[int(word[1])]
+  raise ValueError(
+    f"there is no tier {text!r}: choose one of "
+    + ", ".join(f"{name} (T{i})" for i, name in enumerate(TIERS))
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """What one call may use. Every field is a hard bound, never a hint.
@@ -32,10 +49,14 @@ class Limits:
     wall_s: seconds from the start of the child; waiting in the queue is free.
     cpu_s: CPU seconds of the call's main process, all its threads together.
     memory_mb: address space that a process may add to the bare interpreter's.
+    total_memory_mb: memory that all processes of the call may use together,
+      beyond what they share with the interpreter that they were forked from.
     output_bytes: bytes kept of stdout and of stderr, each; one more ends the
       call.
     n_processes: live processes of the call, the main one included.
     file_mb: size of any one file that the call writes.
+    disk_mb: size of all that lies in its directory.
+    n_entries: files and directories in its directory.
     n_files: open descriptors of a process, the three standard ones included.
     code_bytes: UTF-8 length of the code; longer code is rejected unrun.
   """
@@ -43,9 +64,12 @@ class Limits:
   wall_s: float = 5.0
   cpu_s: float = 5.0
   memory_mb: int = 512
+  total_memory_mb: int = 1024
   output_bytes: int = 4096
   n_processes: int = 16
   file_mb: int = 16
+  disk_mb: int = 64
+  n_entries: int = 4096
   n_files: int = 64
   code_bytes: int = 65536
 
@@ -87,9 +111,9 @@ class Limits:
 class ToolResult:
   """How one call ended.
 
-  Only `status`, `stdout`, `stderr`, `error_type`, `exit_code` and `signal` are
-  a function of the code alone; the measurements below them vary from run to
-  run and must never reach the model.
+  `status`, `stdout`, `stderr`, `error_type`, `exit_code` and `signal` are a
+  function of the code alone; `cause` and the measurements below vary from run
+  to run and must never reach the model.
 
   Attributes:
     status: exactly one `layout.ToolStatus`.
@@ -99,6 +123,10 @@ class ToolResult:
     exit_code: of the main process; None where a signal ended it or it never
       ran.
     signal: that ended the main process, or None.
+    cause: which bound or fault, in a word, where a status has several: `wall`
+      or `cpu` (TIMEOUT), `process` or `total` (MEMORY), `processes`, `disk` or
+      `refused` (RESOURCE), `stdout` or `stderr` (OUTPUT_LIMIT), `queue`,
+      `cancelled`, `sandbox` or `session` (INFRA).
     clean: the program reached its end or an exception or `sys.exit` ended it;
       False after `os._exit`, a kill, or when nothing ran.
     truncated_bytes: output bytes seen beyond the cap and dropped.
@@ -115,6 +143,7 @@ class ToolResult:
   error_type: str = ""
   exit_code: int | None = None
   signal: int | None = None
+  cause: str = ""
   clean: bool = False
   truncated_bytes: int = 0
   wall_ms: float = 0.0
@@ -122,6 +151,13 @@ class ToolResult:
   max_rss_kb: int = 0
   tier: str = "process"
   retries: int = 0
+
+  def with_note(self, note: str) -> "ToolResult":
+    """Returns the result with a line of the sandbox's at the end of stderr."""
+    if not note:
+      return self
+    gap = "" if not self.stderr or self.stderr.endswith("\n") else "\n"
+    return dataclasses.replace(self, stderr=self.stderr + gap + note)
 
   def to_fields(self) -> dict:
     """Returns the fields as a JSON-able dict, the status by lower-case name."""
@@ -144,17 +180,25 @@ class ToolResult:
     return cls.from_fields(json.loads(text))
 
 
-def rejection(code: object, stdin: object, limits: Limits) -> str | None:
+def rejection(
+  code: object, stdin: object, limits: Limits, tool: object = TOOLS[0]
+) -> str | None:
   """Says why a call must not run, in a sentence the model can act on.
 
   Args:
     code: what the model sent as the program.
     stdin: what the program is to read.
     limits: of this call.
+    tool: that was asked for.
 
   Returns:
     The sentence, or None when the call may run.
   """
+  if tool not in TOOLS:
+    return (
+      f"The call was not run: there is no tool {str(tool)[:80]!r}; use one of"
+      f" {', '.join(TOOLS)}."
+    )
   if not isinstance(code, str):
     return (
       "The call was not run: the code must be a string, found"

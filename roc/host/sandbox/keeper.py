@@ -1,9 +1,9 @@
-"""The server's parent: when the server dies, nothing of it stays behind.
+"""The supervisor's parent: when that dies, nothing of it stays behind.
 
-A program may kill its server, and orphans of a dead server would be handed to
-init and live on. So the server has a parent that adopts them. It does nothing
+A supervisor may be killed, and orphans of a dead one would be handed to init
+and live on. So it has a parent that adopts them. It does nothing
 else but to sweep the trash: finished calls' scratch directories are renamed
-into it, and deleting 10^5 files must not hold up the server.
+into it, and deleting 10^5 files must not hold up the supervisor.
 """
 
 import contextlib
@@ -13,18 +13,17 @@ import time
 
 from roc.host.sandbox import linux, scratch
 
-WORK, TRASH = "work", "trash"
 _TICK_S = 0.25
 _GRACE_S = 1.0
 
 
 def split(channel_fd: int, root: str) -> None:
-  """Forks: returns in the child, the future server; the parent keeps watch.
+  """Forks: returns in the child, the future supervisor; the parent keeps watch.
 
   Args:
-    channel_fd: the trainer's socket, which only the server may hold: its
-      closing tells the trainer that the server is dead.
-    root: directory with the subdirectories `WORK` and `TRASH`; deleted at the
+    channel_fd: the trainer's socket, which only the supervisor may hold: its
+      closing tells the trainer that the supervisor is dead.
+    root: directory with the subdirectories `scratch.WORK` and `scratch.TRASH`; deleted at the
       end.
   """
   trainer = os.getppid()
@@ -43,15 +42,15 @@ def split(channel_fd: int, root: str) -> None:
     return
   try:
     os.close(channel_fd)
-    _watch(trainer, pid, os.path.join(root, TRASH))
+    _watch(trainer, pid, os.path.join(root, scratch.TRASH))
     _kill_all()
     scratch.remove_directory(root)
   finally:
     os._exit(0)
 
 
-def _watch(trainer: int, server: int, trash: str) -> None:
-  """Returns when the server is dead, seeing to it if the trainer is."""
+def _watch(trainer: int, supervisor: int, trash: str) -> None:
+  """Returns when the supervisor is dead, seeing to it if the trainer is."""
   told_at = None
   while True:
     caught = signal.sigtimedwait({signal.SIGCHLD, signal.SIGTERM}, _TICK_S)
@@ -60,7 +59,7 @@ def _watch(trainer: int, server: int, trash: str) -> None:
         pid, _ = os.waitpid(-1, os.WNOHANG)
       except ChildProcessError:
         return
-      if pid == server:
+      if pid == supervisor:
         return
       if pid == 0:
         break
@@ -69,9 +68,9 @@ def _watch(trainer: int, server: int, trash: str) -> None:
     )
     if is_over and told_at is None:
       told_at = time.monotonic()
-      os.kill(server, signal.SIGTERM)
+      os.kill(supervisor, signal.SIGTERM)
     if told_at is not None and time.monotonic() > told_at + _GRACE_S:
-      os.kill(server, signal.SIGKILL)
+      os.kill(supervisor, signal.SIGKILL)
     with contextlib.suppress(OSError):
       scratch.empty_directory(trash)
 

@@ -1,6 +1,6 @@
-"""One server process as the trainer sees it: exec, handshake, frames, end.
+"""One supervisor as the trainer sees it: exec, handshake, frames, end.
 
-The server is started by exec, never by a bare fork: the trainer is a JAX
+The supervisor is started by exec, never by a bare fork: the trainer is a JAX
 process, full of threads whose locks a forked copy could never release.
 """
 
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from roc.host.sandbox import contract, keeper, scratch, wire
+from roc.host.sandbox import confine, contract, scratch, wire
 
 _SEND_TIMEOUT_S = 20
 _CLOSE_TIMEOUT_S = 8.0
@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 
 class Link:
-  """A running server; `start` is the constructor."""
+  """A running supervisor; `start` is the constructor."""
 
   def __init__(self, process: subprocess.Popen, sock: socket.socket, root: str):
     self._process = process
@@ -55,33 +55,33 @@ class Link:
     self.facts: dict = {}
 
   @classmethod
-  def start(
-    cls, n_workers: int, preload: tuple[str, ...], timeout_s: float
-  ) -> "Link":
-    """Starts a server and waits until it is ready.
+  def start(cls, config: dict, timeout_s: float) -> "Link":
+    """Starts a supervisor and waits until it is ready.
 
     Args:
-      n_workers: calls that it runs at a time.
-      preload: modules to load beside the standard ones.
+      config: `n_workers`, `n_sessions`, `images`, `tier`, `without`,
+        `read_paths`, as `supervisor.Supervisor.configure` reads them.
       timeout_s: to wait for `ready`.
 
     Returns:
-      The link, its `facts` filled with what the server says of itself.
+      The link, its `facts` filled with what it says of itself.
 
     Raises:
       contract.SandboxError: it could not be started; says why.
     """
     try:
       root = tempfile.mkdtemp(prefix="roc-sandbox-")
-      os.mkdir(os.path.join(root, keeper.WORK))
-      os.mkdir(os.path.join(root, keeper.TRASH))
+      os.chmod(root, 0o711)  # calls with ids of their own walk through it
+      for name in (scratch.WORK, scratch.TRASH, confine.BOX):
+        os.mkdir(os.path.join(root, name))
+        os.chmod(os.path.join(root, name), 0o711)
     except OSError as error:
       raise contract.SandboxError(
         f"the sandbox found no directory to work in ({error}): set TMPDIR to"
         " a writable one"
       ) from error
     ours, theirs = socket.socketpair()
-    # A server that reads nothing for this long must not hang the trainer.
+    # A supervisor that reads nothing for this long must not hang the trainer.
     ours.setsockopt(
       socket.SOL_SOCKET,
       socket.SO_SNDTIMEO,
@@ -90,13 +90,8 @@ class Link:
     try:
       with theirs, tempfile.TemporaryFile() as log:
         link = cls(_spawn(theirs, root, log), ours, root)
-        config = {
-          "n_workers": n_workers,
-          "preload": list(preload),
-          "site_dirs": _site_dirs(),
-        }
         theirs.close()
-        link.send(config)
+        link.send({**config, "site_dirs": _site_dirs()})
         link._await_ready(timeout_s, log)
         return link
     except BaseException:
@@ -123,25 +118,25 @@ class Link:
       why = str(messages[0].get("why"))
     self.close()
     raise contract.SandboxError(
-      f"the sandbox server ({sys.executable}) cannot start: {why}; check that"
-      " this interpreter runs and has the modules named in `preload`"
+      f"the sandbox ({sys.executable}) cannot start: {why}; `python -m roc.main"
+      " sandbox doctor` shows what this machine allows"
     )
 
   @property
   def pid(self) -> int:
-    """Process id of the server (not of its keeper)."""
+    """Process id of the supervisor (not of its keeper)."""
     return int(self.facts["pid"])
 
   @property
   def keeper_pid(self) -> int:
-    """Process id of the server's parent, which is this process' child."""
+    """Process id of the supervisor's parent, which is this process' child."""
     return self._process.pid
 
   def send(self, message: dict) -> None:
     """Sends one message.
 
     Raises:
-      OSError: the server is gone or has not read for many seconds.
+      OSError: the supervisor is gone or has not read for many seconds.
     """
     with self._send_lock:
       self._socket.sendall(wire.pack(message))
@@ -157,7 +152,7 @@ class Link:
       return None
 
   def results(self, is_waiting: Callable[[], bool | None]) -> Iterator[dict]:
-    """Yields result messages until the server is gone, or silent for too long.
+    """Yields result messages until the supervisor is gone, or silent for too long.
 
     Args:
       is_waiting: True while a result is due, so that silence means something;
@@ -181,7 +176,7 @@ class Link:
       yield from (m for m in messages if m.get("op") == "result")
 
   def close(self) -> None:
-    """Ends the server and everything below it; returns when it is over."""
+    """Ends the supervisor and everything below it; returns when it is over."""
     with contextlib.suppress(OSError):
       self._socket.shutdown(socket.SHUT_RDWR)
     try:
@@ -193,8 +188,8 @@ class Link:
     scratch.remove_directory(self._root)
 
   def kill(self) -> None:
-    """Kills a server that no longer answers; `receive` then says so."""
-    self._process.terminate()  # the keeper kills the server, then all else
+    """Kills a supervisor that no longer answers; `receive` then says so."""
+    self._process.terminate()  # the keeper kills the supervisor, then all else
     with contextlib.suppress(OSError):
       self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -205,7 +200,7 @@ def _spawn(theirs: socket.socket, root: str, log) -> subprocess.Popen:
       [
         sys.executable,
         # No site, no user site, no script directory on the path, no .pyc: the
-        # environment below is the only thing that reaches the server.
+        # environment below is the only thing that reaches it.
         *("-s", "-S", "-P", "-B", _BOOT, str(theirs.fileno()), root),
       ],
       stdin=subprocess.DEVNULL,

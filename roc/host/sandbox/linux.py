@@ -13,17 +13,28 @@ import os
 import resource
 import signal
 import time
+import typing
 from collections.abc import Callable
 
 _RLIMIT_LOCKS = 10
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
+_PR_SET_DUMPABLE = 4
+_PR_SET_KEEPCAPS = 8
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_CAP_DAC_OVERRIDE = 1 << 1
-_CAP_DAC_READ_SEARCH = 1 << 2
+CAP_CHOWN = 1 << 0
+CAP_DAC_OVERRIDE = 1 << 1
+CAP_DAC_READ_SEARCH = 1 << 2
+CAP_KILL = 1 << 5
+CAP_SETGID = 1 << 6
+CAP_SETUID = 1 << 7
+CAP_SYS_ADMIN = 1 << 21
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_own_tag = resource.getrlimit(_RLIMIT_LOCKS)[1]
 
 
 def _prctl(option: int, value: int) -> None:
@@ -42,30 +53,79 @@ def adopt_orphans() -> None:
   _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def hide_memory() -> None:
+  """Closes this process to debuggers and to readers of its /proc files."""
+  _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def show_memory() -> None:
+  """Takes `hide_memory` back, which a change of user brings by itself."""
+  _prctl(_PR_SET_DUMPABLE, 1)
+
+
+def pause_forever() -> typing.NoReturn:
+  """Sleeps until killed."""
+  while True:
+    _libc.pause()
+
+
 def forbid_new_privileges() -> None:
   """Makes setuid binaries powerless for this process and all below it."""
   _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def drop_capabilities() -> None:
-  """Gives up what root could use to lift its limits or harm the machine.
+def effective_capabilities() -> int:
+  """Returns the capabilities that this process may use now, as bits."""
+  with open("/proc/self/status") as f:
+    return next(int(line.split()[1], 16) for line in f if "CapEff" in line)
 
-  Only the right to read and write others' files stays, without which root in a
-  container may not even read its interpreter. Nothing to do for other users.
+
+def hold_capabilities(kept: int, on_exec: bool = False) -> None:
+  """Gives up all capabilities but `kept` of those held.
+
+  Args:
+    kept: bits of capabilities 0 to 31; 0 for none.
+    on_exec: whether the programs that are started keep them too, which root's
+      do anyway.
 
   Raises:
     OSError: the kernel refused.
   """
   header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
   words = (ctypes.c_uint32 * 6)()  # two of effective, permitted, inheritable
-  if _libc.capget(header, words) == 0:
-    kept = _CAP_DAC_OVERRIDE | _CAP_DAC_READ_SEARCH
-    for i in range(6):
-      words[i] &= kept if i < 2 else 0
-    if _libc.capset(header, words) == 0:
-      return
-  number = ctypes.get_errno()
-  raise OSError(number, f"capset: {os.strerror(number)}")
+  _check_capability(_libc.capget(header, words), "capget")
+  permitted = words[1] & kept
+  inheritable = permitted if on_exec else 0
+  words[:] = [permitted, permitted, inheritable, 0, 0, 0]
+  _check_capability(_libc.capset(header, words), "capset")
+  for number in range(inheritable.bit_length()):
+    if inheritable >> number & 1:
+      raised = _libc.prctl(
+        _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0
+      )
+      _check_capability(raised, "prctl(PR_CAP_AMBIENT)")
+
+
+def _check_capability(returned: int, name: str) -> None:
+  if returned != 0:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def become(uid: int, keeps: int) -> None:
+  """Turns root into an ordinary user for good, with `keeps` capabilities.
+
+  The group gets the same number and is the only one.
+
+  Raises:
+    OSError: the kernel refused.
+  """
+  if keeps:
+    _prctl(_PR_SET_KEEPCAPS, 1)
+  os.setgroups([])
+  os.setresgid(uid, uid, uid)
+  os.setresuid(uid, uid, uid)
+  hold_capabilities(keeps, on_exec=True)
 
 
 def flush_c_streams() -> None:
@@ -102,11 +162,23 @@ def set_tag(tag: int) -> None:
 
 
 def read_tag(pid: int) -> int | None:
-  """Returns the tag of a process, or None when it is gone or not ours."""
+  """Returns the tag of a process, or None when it is gone."""
   try:
     return resource.prlimit(pid, _RLIMIT_LOCKS)[1]
+  except PermissionError:  # of another user, and we lack CAP_SYS_RESOURCE
+    return _tag_by_file(pid)
   except (OSError, ValueError):
     return None
+
+
+def _tag_by_file(pid: int) -> int | None:
+  try:
+    with open(f"/proc/{pid}/limits", "rb") as f:
+      line = next(line for line in f if line.startswith(b"Max file locks"))
+  except (OSError, StopIteration):
+    return None
+  hard = line.split()[4]
+  return resource.RLIM_INFINITY if hard == b"unlimited" else int(hard)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -122,6 +194,25 @@ def address_space_bytes() -> int:
   """Returns the size of this process' address space, as RLIMIT_AS counts."""
   with open("/proc/self/statm", "rb") as f:
     return int(f.read().split()[0]) * resource.getpagesize()
+
+
+def parent(pid: int) -> int:
+  """Returns the pid of a process' parent, 0 when it is gone."""
+  try:
+    with open(f"/proc/{pid}/stat", "rb") as f:
+      # The command may hold anything, a ")" too: fields follow the last one.
+      return int(f.read().rpartition(b")")[2].split()[1])
+  except (OSError, IndexError):
+    return 0
+
+
+def resident_kb(pid: int) -> int:
+  """Returns the resident size of a process, 0 when it is gone."""
+  try:
+    with open(f"/proc/{pid}/statm", "rb") as f:
+      return int(f.read().split()[1]) * (resource.getpagesize() >> 10)
+  except (OSError, IndexError):
+    return 0
 
 
 def _children_by_list(pid: int) -> list[int]:
@@ -141,18 +232,12 @@ def _children_by_scan(pid: int) -> list[int]:
   for name in os.listdir("/proc"):
     if not name.isdigit():
       continue
-    try:
-      with open(f"/proc/{name}/stat", "rb") as f:
-        # The command may hold anything, a ")" too: fields follow the last one.
-        parent = int(f.read().rpartition(b")")[2].split()[1])
-    except OSError:
-      continue
-    if parent == pid:
+    if parent(int(name)) == pid:
       pids.append(int(name))
   return pids
 
 
-_LIST_BYTES = 1 << 14
+_LIST_BYTES = 1 << 16
 _HAS_LIST = os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
 
 
@@ -207,6 +292,22 @@ def kill_quietly(pid: int) -> None:
   """SIGKILLs a process; one that is gone or not ours is no error."""
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.kill(pid, signal.SIGKILL)
+
+
+def kill_marked(pid: int) -> None:
+  """SIGKILLs a process that belongs to some call, and no other.
+
+  Calls can lower the tag that they were given and never raise it, so a process
+  with our own is none of theirs: the number was used again.
+  """
+  tag = read_tag(pid)
+  if tag is not None and tag != _own_tag:
+    kill_quietly(pid)
+
+
+def is_marked(pid: int) -> bool:
+  """Whether a process belongs to some call, this one's or a former one's."""
+  return read_tag(pid) not in (None, _own_tag)
 
 
 def kill_children() -> bool:

@@ -18,10 +18,10 @@ TOOL_FILE = "<tool>"
 _TracebackException = traceback.TracebackException
 
 
-def show_source(code: str) -> None:
-  """Lets tracebacks quote the program's lines."""
+def show_source(file: str, code: str) -> None:
+  """Lets tracebacks quote the lines of `file`, such as `<tool>`."""
   lines = code.splitlines(keepends=True)
-  linecache.cache[TOOL_FILE] = (len(code), None, lines, TOOL_FILE)
+  linecache.cache[file] = (len(code), None, lines, file)
 
 
 class Reporter:

@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
-import mmap
 import os
+import re
 import time
 
 from roc import layout
-from roc.host.sandbox import contract, linux, verdict
+from roc.host.sandbox import contract, linux, payload, verdict, watch
 
 _FIRST_LOOK_S = 0.01  # most calls are over before it: no pipe is ever polled
 _LOOK_S = 0.025
+_DISK_LOOK_S = 0.1
 _CHUNK = 1 << 16
 # Kept past the cap only to count them; a pipe holds no more after a kill.
 _DRAIN_BYTES = 4 << 20
+SCRATCH = b"/scratch"  # what the model reads for the call's directory
+_ADDRESS = re.compile(rb" at 0x[0-9a-f]{6,16}\b")
 
 
 @dataclasses.dataclass
@@ -27,6 +30,7 @@ class Stream:
   n_dropped: int = 0
   is_watched: bool = False
   is_closed: bool = False
+  is_borrowed: bool = False  # a session's: closed with the session
 
   @classmethod
   def open(cls, cap: int) -> "Stream":
@@ -63,24 +67,42 @@ class Stream:
         return
       seen += n
 
-  def text(self) -> str:
-    """Returns what was kept as text; a character the cap cut is left out."""
-    if not self.is_over:
-      return self.kept.decode("utf-8", "replace")
-    return cut_utf8(bytes(self.kept)).decode("utf-8", "replace")
+  def text(self, hidden: tuple[bytes, ...] = ()) -> str:
+    """Returns what was kept as text; a character the cap cut is left out.
 
-  def close_write(self) -> None:
-    """Drops the writing end, which now is the child's alone."""
-    if self.write_fd >= 0:
-      os.close(self.write_fd)
-      self.write_fd = -1
+    Args:
+      hidden: paths of the host, shown as `SCRATCH`. Addresses in the form that
+        `repr` gives them become zero: they differ from run to run.
+    """
+    data = cut_utf8(bytes(self.kept)) if self.is_over else bytes(self.kept)
+    for path in hidden:
+      data = data.replace(path, SCRATCH)
+    if b" at 0x" in data:
+      data = _ADDRESS.sub(b" at 0x0", data)
+    return data.decode("utf-8", "replace")
+
+  def hand_over(self) -> int:
+    """Returns the writing end, which is the caller's to close from now on."""
+    fd, self.write_fd = self.write_fd, -1
+    return fd
 
   def close(self) -> None:
     """Drops both ends."""
-    self.close_write()
-    if not self.is_closed:
+    if self.write_fd >= 0:
+      os.close(self.hand_over())
+    if not self.is_closed and not self.is_borrowed:
       os.close(self.read_fd)
-      self.is_closed = True
+    self.is_closed = True
+
+
+def discard(fd: int) -> None:
+  """Reads a pipe empty and forgets what was in it."""
+  seen = 0
+  try:
+    while seen < _DRAIN_BYTES and (data := os.read(fd, _CHUNK)):
+      seen += len(data)
+  except BlockingIOError:
+    pass
 
 
 def cut_utf8(data: bytes) -> bytes:
@@ -105,21 +127,49 @@ def cut_utf8(data: bytes) -> bytes:
 
 @dataclasses.dataclass
 class Running:
-  """A forked call. `kill` is booked once: the first reason stands."""
+  """A call, or a session's cell, from its start until its result.
+
+  `kill` is booked once: the first reason stands.
+
+  Attributes:
+    id: the trainer's number of the call.
+    limits: what it may use.
+    job_fd: its `payload.job_file`.
+    stdout: its standard output.
+    stderr: its standard error.
+    hidden: text of host paths, which the model must not read.
+    base_kb: resident size of what it was forked from.
+    tag: see `linux.set_tag`.
+    uid: that it runs under; None for the trainer's.
+    scratch: its directory on disk; "" where that is in memory.
+    init_pid: process 1 of its pid namespace; 0 without one.
+    pid: its main process; 0 before it is forked.
+    birth: number of its birth.
+    others: processes near it that do not count as the program's.
+    started: on the monotonic clock; 0.0 before.
+    setup_failure: why the child could not be prepared.
+  """
 
   id: int
   limits: contract.Limits
-  scratch: str
-  tag: int
+  job_fd: int
   stdout: Stream
   stderr: Stream
-  setup_read_fd: int
-  setup_write_fd: int
-  record: mmap.mmap
-  started: float = 0.0
+  hidden: tuple[bytes, ...] = ()
+  base_kb: int = 0
+  tag: int = 0
+  uid: int | None = None
+  scratch: str = ""
+  init_pid: int = 0
   pid: int = 0
+  birth: int = 0
+  others: frozenset[int] = frozenset()
+  started: float = 0.0
   next_look: float = 0.0
+  next_disk_look: float = 0.0
+  setup_failure: str = ""
   killed_for: layout.ToolStatus | None = None
+  killed_cause: str = ""
   wants_watching: bool = False
   is_ended: bool = False
   ended_at: float = 0.0
@@ -129,45 +179,38 @@ class Running:
 
   @classmethod
   def open(
-    cls, call_id: int, limits: contract.Limits, scratch: str, tag: int
+    cls, call_id: int, limits: contract.Limits, code: str
   ) -> "Running":
-    """Makes the scratch directory, pipes and record of a call to be forked.
+    """Makes the pipes and the job file of a call to be forked.
 
     Raises:
-      OSError: the machine is out of descriptors, memory or disk.
+      OSError: the machine is out of descriptors or memory.
     """
     with contextlib.ExitStack() as undo:
-      os.mkdir(scratch, 0o700)
-      undo.callback(os.rmdir, scratch)
       stdout = Stream.open(limits.output_bytes)
       undo.callback(stdout.close)
       stderr = Stream.open(limits.output_bytes)
       undo.callback(stderr.close)
-      record = mmap.mmap(-1, mmap.PAGESIZE)
-      undo.callback(record.close)
-      setup_read_fd, setup_write_fd = os.pipe2(os.O_CLOEXEC)
-      os.set_blocking(setup_read_fd, False)
+      job_fd = payload.job_file(code)
       undo.pop_all()
-    return cls(
-      call_id,
-      limits,
-      scratch,
-      tag,
-      stdout,
-      stderr,
-      setup_read_fd,
-      setup_write_fd,
-      record,
-    )
+    return cls(call_id, limits, job_fd, stdout, stderr)
 
-  def forked(self, pid: int) -> None:
-    """Notes the child and leaves the writing ends to it."""
+  def fds_for_child(self, stdin: bytes) -> list[int]:
+    """Returns what `child.Job` wants; the caller closes them.
+
+    Raises:
+      OSError: the machine is out of descriptors or memory.
+    """
+    fds = [os.dup(self.job_fd)]
+    if stdin:
+      fds.append(payload.stdin_file(stdin))
+    return [self.stdout.hand_over(), self.stderr.hand_over(), *fds]
+
+  def began(self, pid: int) -> None:
+    """Notes the main process; the clock starts."""
     self.pid = pid
+    self.started = time.monotonic()
     self.next_look = self.started + min(_FIRST_LOOK_S, self.limits.wall_s)
-    self.stdout.close_write()
-    self.stderr.close_write()
-    os.close(self.setup_write_fd)
-    self.setup_write_fd = -1
 
   def stream_of(self, fd: int) -> Stream | None:
     """Returns the stream that reads from `fd`, if it is one of this call's."""
@@ -176,70 +219,84 @@ class Running:
         return stream
     return None
 
-  def look(self, now: float) -> None:
-    """Holds the call to its clocks and its number of processes."""
-    deadline = self.started + self.limits.wall_s
-    n_allowed = self.limits.n_processes - 1
-    if now >= deadline or linux.cpu_seconds(self.pid) >= self.limits.cpu_s:
-      self.kill(layout.ToolStatus.TIMEOUT)
-    elif len(linux.descendants(self.pid, n_allowed)) > n_allowed:
-      self.kill(layout.ToolStatus.RESOURCE)
+  def find_excess(self, now: float) -> tuple[layout.ToolStatus, str] | None:
+    """Returns the bound that the call has broken and its cause, or None."""
+    limits = self.limits
     self.wants_watching = True
-    self.next_look = min(deadline, now + _LOOK_S)
-    if self.killed_for is not None:
+    self.next_look = min(self.started + limits.wall_s, now + _LOOK_S)
+    if now >= self.started + limits.wall_s:
       self.next_look = now + _LOOK_S
+      return layout.ToolStatus.TIMEOUT, "wall"
+    if linux.cpu_seconds(self.pid) >= limits.cpu_s:
+      return layout.ToolStatus.TIMEOUT, "cpu"
+    pids = [self.pid, *linux.descendants(self.pid, limits.n_processes)]
+    if self.init_pid:
+      pids += linux.descendants(self.init_pid, limits.n_processes)
+    pids = set(pids) - self.others
+    if len(pids) > limits.n_processes:
+      return layout.ToolStatus.RESOURCE, "processes"
+    total_kb = limits.total_memory_mb << 10
+    if len(pids) > 1 or limits.memory_mb >= limits.total_memory_mb:
+      if watch.memory_kb(pids, self.base_kb, total_kb) > total_kb:
+        return layout.ToolStatus.MEMORY, "total"
+    if now >= self.next_disk_look and self.is_over_disk():
+      return layout.ToolStatus.RESOURCE, "disk"
+    return None
 
-  def kill(self, why: layout.ToolStatus) -> None:
-    """Kills the main process and its group, and books the reason."""
+  def is_over_disk(self) -> bool:
+    """Whether its directory on disk holds too much."""
+    self.next_disk_look = time.monotonic() + _DISK_LOOK_S
+    return bool(self.scratch) and watch.is_over_disk(
+      self.scratch, self.limits.disk_mb << 20, self.limits.n_entries
+    )
+
+  def book(self, why: layout.ToolStatus, cause: str) -> None:
+    """Notes why the supervisor kills the call; the first reason stands."""
     if self.killed_for is None:
-      self.killed_for = why
-    linux.kill_quietly(self.pid)
-    linux.kill_group_quietly(self.pid)
+      self.killed_for, self.killed_cause = why, cause
 
-  def main_ended(self, wait_status: int, usage) -> None:
+  def ended(self, wait_status: int, cpu_s: float, max_rss_kb: int) -> None:
     """Notes how the main process ended; others of the call may still live."""
     self.is_ended = True
     self.ended_at = time.monotonic()
     self.wait_status = wait_status
-    self.cpu_s = usage.ru_utime + usage.ru_stime
-    self.max_rss_kb = usage.ru_maxrss
+    self.cpu_s = cpu_s
+    self.max_rss_kb = max_rss_kb
 
   def result(self) -> contract.ToolResult:
-    """Returns the call's result, now that its last process is dead."""
+    """Returns the call's result, now that nothing of it runs any more."""
     self.stdout.drain()
     self.stderr.drain()
-    try:
-      setup_failure = os.read(self.setup_read_fd, 4096).decode(
-        "utf-8", "replace"
-      )
-    except BlockingIOError:
-      setup_failure = ""
+    flooded = "stdout" if self.stdout.is_over else ""
     found = verdict.judge(
       verdict.Evidence(
         wait_status=self.wait_status,
         killed_for=self.killed_for,
-        is_flooded=self.stdout.is_over or self.stderr.is_over,
-        setup_failure=setup_failure,
-        record=self.record[: verdict.RECORD_BYTES],
+        killed_cause=self.killed_cause,
+        flooded=flooded or ("stderr" if self.stderr.is_over else ""),
+        setup_failure=self.setup_failure,
+        record=payload.read_record(self.job_fd),
         max_rss_kb=self.max_rss_kb,
         memory_kb=self.limits.memory_mb << 10,
         cpu_s=self.cpu_s,
         cpu_limit_s=self.limits.cpu_s,
       )
     )
-    stderr = self.stderr.text()
+    stderr = self.stderr.text(self.hidden)
     if found.status == layout.ToolStatus.INFRA:
-      stderr = setup_failure or "cancelled"
+      stderr = self.setup_failure or "cancelled"
+    wall_s = time.monotonic() - self.started if self.started else 0.0
     return contract.ToolResult(
       status=found.status,
-      stdout=self.stdout.text(),
+      stdout=self.stdout.text(self.hidden),
       stderr=stderr,
       error_type=found.error_type,
       exit_code=found.exit_code,
       signal=found.signal,
+      cause=found.cause,
       clean=found.clean,
       truncated_bytes=self.stdout.n_dropped + self.stderr.n_dropped,
-      wall_ms=round((time.monotonic() - self.started) * 1e3, 3),
+      wall_ms=round(wall_s * 1e3, 3),
       cpu_ms=round(self.cpu_s * 1e3, 3),
       max_rss_kb=self.max_rss_kb,
     )
@@ -248,8 +305,4 @@ class Running:
     """Gives back descriptors and memory; the scratch directory stays."""
     self.stdout.close()
     self.stderr.close()
-    os.close(self.setup_read_fd)
-    if self.setup_write_fd >= 0:
-      os.close(self.setup_write_fd)
-      self.setup_write_fd = -1
-    self.record.close()
+    os.close(self.job_fd)

@@ -10,6 +10,53 @@ import contextlib
 import os
 import stat
 
+WORK, TRASH = "work", "trash"
+
+
+class Places:
+  """Directories of calls on disk, below the sandbox's root.
+
+  Args:
+    root: the sandbox's directory.
+    box: where an isolated call's disk in memory is; no directories are made
+      then. "" otherwise.
+  """
+
+  def __init__(self, root: str, box: str = ""):
+    self._root = root
+    self._box = box
+    self._ordinal = 0
+
+  def make(self, uid: int | None) -> str:
+    """Returns a new directory that belongs to `uid`; "" in memory.
+
+    Raises:
+      OSError: the disk is full, or the root is gone.
+    """
+    if self._box:
+      return ""
+    self._ordinal += 1
+    path = os.path.join(self._root, WORK, str(self._ordinal))
+    os.mkdir(path, 0o700)
+    if uid is not None:
+      os.chown(path, uid, uid)
+    return path
+
+  def hidden(self, path: str) -> tuple[bytes, ...]:
+    """Returns the paths that the model must not read, longest first."""
+    return (os.fsencode(path or self._box), os.fsencode(self._root))
+
+  def discard(self, path: str) -> None:
+    """Empties a place at once; the keeper deletes what was in it."""
+    if not path:
+      return
+    try:
+      os.rmdir(path)  # most programs leave it empty
+    except OSError:
+      os.chmod(path, 0o700)
+      name = os.path.basename(path)
+      os.rename(path, os.path.join(self._root, TRASH, name))
+
 
 def empty_directory(root: str) -> int:
   """Deletes everything in `root`, following no link; `root` itself stays.

@@ -1,6 +1,6 @@
-"""Whose fault was it? One status from what the server saw and the child said.
+"""Whose fault was it? One status from what the supervisor saw and the child said.
 
-What the server itself saw (its own kill, the wait status, bytes past the cap)
+What the supervisor itself saw (its own kill, the wait status, bytes past the cap)
 always wins. What the child wrote about itself decides only between the ways in
 which a program can end by itself, and can never yield INFRA, the one status
 that would spare the model: a program that forges its record gains nothing over
@@ -12,8 +12,9 @@ import os
 import signal
 
 from roc import layout
+from roc.host.sandbox import payload
 
-RECORD_BYTES = 512
+RECORD_BYTES = payload.RECORD_BYTES
 
 _ENDINGS = {
   b"ok": layout.ToolStatus.OK,
@@ -21,6 +22,10 @@ _ENDINGS = {
   b"memory": layout.ToolStatus.MEMORY,
   b"resource": layout.ToolStatus.RESOURCE,
   b"exit": layout.ToolStatus.EXIT,
+}
+_CAUSES = {
+  layout.ToolStatus.MEMORY: "process",
+  layout.ToolStatus.RESOURCE: "refused",
 }
 
 
@@ -30,10 +35,11 @@ class Evidence:
 
   Attributes:
     wait_status: of the main process, as `os.wait4` gives it.
-    killed_for: why the server killed it, or None when it did not.
-    is_flooded: more output came than the cap keeps.
-    setup_failure: why the child could not be prepared; written before the
-      model's code ran, on a pipe that was closed before it ran; "" if it could.
+    killed_for: why the supervisor killed it, or None when it did not.
+    killed_cause: which bound that was, in a word.
+    flooded: the stream of which more came than the cap keeps, or "".
+    setup_failure: why the child could not be prepared; sent before the model's
+      code ran, on a socket that was closed before it ran; "" if it could.
     record: what the child wrote about its end, `RECORD_BYTES` at most.
     max_rss_kb: of the main process.
     memory_kb: what it was allowed.
@@ -43,7 +49,8 @@ class Evidence:
 
   wait_status: int
   killed_for: layout.ToolStatus | None = None
-  is_flooded: bool = False
+  killed_cause: str = ""
+  flooded: str = ""
   setup_failure: str = ""
   record: bytes = b""
   max_rss_kb: int = 0
@@ -61,6 +68,7 @@ class Verdict:
   exit_code: int | None = None
   signal: int | None = None
   clean: bool = False
+  cause: str = ""
 
 
 def pack_record(ending: bytes, error_type: str = "") -> bytes:
@@ -81,10 +89,10 @@ def judge(evidence: Evidence) -> Verdict:
   """Turns evidence into the call's verdict.
 
   Args:
-    evidence: what the server gathered.
+    evidence: what the supervisor gathered.
 
   Returns:
-    The verdict. INFRA only for a failed setup or a kill that the server booked
+    The verdict. INFRA only for a failed setup or a kill that the supervisor booked
     as INFRA (a cancelled call); never by anything the program did.
   """
   status = evidence.wait_status
@@ -92,33 +100,42 @@ def judge(evidence: Evidence) -> Verdict:
   code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
   told, error_type = _read_record(evidence.record)
   if evidence.setup_failure:
-    return Verdict(layout.ToolStatus.INFRA, "", code, number)
+    return Verdict(
+      layout.ToolStatus.INFRA, "", code, number, cause="sandbox"
+    )
   if evidence.killed_for is not None:
-    return Verdict(evidence.killed_for, "", code, number)
-  if evidence.is_flooded:
-    return Verdict(layout.ToolStatus.OUTPUT_LIMIT, "", code, number)
+    cause = evidence.killed_cause
+    return Verdict(evidence.killed_for, "", code, number, cause=cause)
+  if evidence.flooded:
+    return Verdict(
+      layout.ToolStatus.OUTPUT_LIMIT, "", code, number, cause=evidence.flooded
+    )
   if number is not None:
-    return Verdict(_of_signal(number, evidence), "", None, number)
+    ended, cause = _of_signal(number, evidence)
+    return Verdict(ended, "", None, number, cause=cause)
   if told is not None:
     # `exit` and `ok` are told apart by the code the kernel saw.
     if told in (layout.ToolStatus.OK, layout.ToolStatus.EXIT):
       told = layout.ToolStatus.EXIT if code else layout.ToolStatus.OK
-    return Verdict(told, error_type, code, None, clean=True)
+    cause = _CAUSES.get(told, "")
+    return Verdict(told, error_type, code, None, clean=True, cause=cause)
   # No record: `os._exit`, `exec`, or a program that broke the runner.
   ended = layout.ToolStatus.EXIT if code else layout.ToolStatus.OK
   return Verdict(ended, "", code, None)
 
 
-def _of_signal(number: int, evidence: Evidence) -> layout.ToolStatus:
+def _of_signal(
+  number: int, evidence: Evidence
+) -> tuple[layout.ToolStatus, str]:
   if number == signal.SIGXCPU:
-    return layout.ToolStatus.TIMEOUT
+    return layout.ToolStatus.TIMEOUT, "cpu"
   if number == signal.SIGXFSZ:
-    return layout.ToolStatus.RESOURCE
+    return layout.ToolStatus.RESOURCE, "disk"
   if number == signal.SIGKILL:
     # RLIMIT_CPU's hard bound and the kernel's OOM killer both end so; a
     # program that shoots itself while small and young is a crash.
     if evidence.cpu_s >= evidence.cpu_limit_s:
-      return layout.ToolStatus.TIMEOUT
+      return layout.ToolStatus.TIMEOUT, "cpu"
     if 2 * evidence.max_rss_kb >= evidence.memory_kb:
-      return layout.ToolStatus.MEMORY
-  return layout.ToolStatus.CRASH
+      return layout.ToolStatus.MEMORY, "process"
+  return layout.ToolStatus.CRASH, ""

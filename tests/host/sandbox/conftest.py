@@ -10,8 +10,9 @@ from roc.layout import ToolStatus
 
 
 def survivors(box) -> list[int]:
-  """Processes below a sandbox's server, the server itself not among them."""
-  return linux.children(box.server_pid)
+  """Processes of calls below a sandbox's supervisor, zygotes not among them."""
+  below = linux.descendants(box.supervisor_pid, 10_000)
+  return [pid for pid in below if linux.is_marked(pid)]
 
 
 def wait_until(is_true, seconds: float = 2.0) -> bool:
@@ -33,10 +34,24 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-@pytest.fixture(scope="session")
-def shared_box():
-  with sandbox.Sandbox(n_workers=2, seed=7) as box:
-    yield box
+TIERS = [
+  "isolated",
+  pytest.param("confined", marks=pytest.mark.slow),
+  pytest.param("filtered", marks=pytest.mark.slow),
+  "process",
+]
+
+
+@pytest.fixture(scope="session", params=TIERS)
+def shared_box(request):
+  """A sandbox of each tier that this machine can hold."""
+  made = sandbox.Sandbox(n_workers=2, seed=7, tier=request.param)
+  try:
+    made.start()
+  except sandbox.SandboxError as error:
+    pytest.skip(f"this machine does not hold the tier: {error}")
+  with made:
+    yield made
 
 
 @pytest.fixture

@@ -172,9 +172,12 @@ def test_closing_every_descriptor_is_no_fault_of_ours(box):
 
 
 def test_a_program_finds_no_descriptor_but_its_three(box):
-  result = box.run("import os\nprint(sorted(map(int, os.listdir('/dev/fd'))))")
-  # The fourth is the one that lists the directory.
-  assert result.stdout == "[0, 1, 2, 3]\n"
+  code = (
+    "import os\nopen_fds = []\nfor fd in range(5000):\n  try:\n"
+    "    os.fstat(fd)\n    open_fds.append(fd)\n  except OSError:\n    pass\n"
+    "print(open_fds)"
+  )
+  assert box.run(code).stdout == "[0, 1, 2]\n"
 
 
 @pytest.mark.parametrize(
@@ -230,11 +233,11 @@ def test_a_daemon_dies_with_its_call(box, tools, is_deaf):
   result = box.run(code)
   assert result.status == ToolStatus.OK
   assert result.wall_ms < 2000
-  assert tools.wait_until(lambda: not tools.is_alive(int(result.stdout)), 1)
+  assert not tools.survivors(box)
 
 
 def test_the_survivor_count_sees_a_planted_process(box, tools):
   future = box.submit("import time\ntime.sleep(30)")
-  assert tools.wait_until(lambda: len(tools.survivors(box)) == 1)
+  assert tools.wait_until(lambda: tools.survivors(box))
   box.cancel(future)
   future.result()

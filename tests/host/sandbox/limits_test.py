@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from roc.host.sandbox import Limits
+from roc.host.sandbox import Limits, Sandbox
 from roc.layout import ToolStatus
 
 SHORT = Limits(wall_s=0.5)
@@ -201,7 +201,7 @@ def test_limits_cannot_be_raised(box, name):
   assert (result.status, result.error_type) == (ToolStatus.ERROR, "ValueError")
 
 
-def test_root_keeps_no_capability_but_on_files(box):
+def test_root_keeps_no_capability_but_on_files():
   code = (
     "import subprocess\n"
     "print([l.split()[1] for l in open('/proc/self/status')"
@@ -209,7 +209,8 @@ def test_root_keeps_no_capability_but_on_files(box):
     "print(subprocess.run(['grep', 'CapEff', '/proc/self/status'],"
     " capture_output=True, text=True).stdout.split()[1])"
   )
-  lines = box.run(code).stdout.splitlines()
+  with Sandbox(n_workers=1, tier="process") as box:
+    lines = box.run(code).stdout.splitlines()
   inherited, permitted, effective, no_new = ast.literal_eval(lines[0])
   assert int(inherited, 16) == 0 and no_new == "1"
   for held in (permitted, effective, lines[1]):  # the last after an exec

@@ -85,7 +85,7 @@ def exited(code: int) -> int:
     ),
     ({"wait_status": 9, "cpu_s": 2.0}, ToolStatus.TIMEOUT, False),
     (
-      {"wait_status": 0, "record": b"ok\0\0", "is_flooded": True},
+      {"wait_status": 0, "record": b"ok\0\0", "flooded": "stdout"},
       ToolStatus.OUTPUT_LIMIT,
       False,
     ),

@@ -109,7 +109,7 @@ def test_no_host_path_pid_or_address_is_shown(box, code):
 
 def test_the_environment_is_an_allowlist(box, monkeypatch):
   monkeypatch.setenv("ROC_CANARY", "secret")
-  with sandbox.Sandbox(n_workers=1) as fresh:
+  with sandbox.Sandbox(n_workers=1, tier="filtered") as fresh:
     result = fresh.run(
       "import os\nprint(sorted(os.environ), 'secret' in str(os.environ))\n"
       "print(b'secret' in open('/proc/self/environ', 'rb').read())"
@@ -165,7 +165,7 @@ def test_preloaded_numpy_draws_the_same_numbers(box):
   with sandbox.Sandbox(n_workers=1, seed=7, preload=("numpy",)) as warm:
     result = warm.run(code, trajectory="a")
     assert result.stdout == box.run(code, trajectory="a").stdout
-    assert warm.info()["preload"] == ["numpy"]
+    assert warm.info()["images"]["bare"] == ["numpy"]
 
 
 def test_the_clock_is_utc(box):

@@ -1,0 +1,192 @@
+"""How a call or a session comes to life: ids, a pid namespace, a fork.
+
+With namespaces a birth takes two requests, to the small image for process 1 of
+the new pid namespace and to the fitting image for the main process in it.
+"""
+
+import dataclasses
+import os
+import typing
+from collections.abc import Callable
+
+from roc.host.sandbox import fleet as fleet_lib
+from roc.host.sandbox import linux, routing
+from roc.host.sandbox import plan as plan_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Born:
+  """What came of a birth.
+
+  Attributes:
+    pid: of the main process; 0 when there is none.
+    init_pid: process 1 of its pid namespace; 0 without one.
+    base_kb: resident size of what it was forked from.
+    why_not: why there is no main process.
+  """
+
+  pid: int = 0
+  init_pid: int = 0
+  base_kb: int = 0
+  why_not: str = ""
+
+
+class Births:
+  """Gives out tags and user ids, and asks zygotes for processes."""
+
+  def __init__(self, fleet: fleet_lib.Fleet):
+    self._fleet = fleet
+    self._next_tag = linux.first_tag()
+    self._free_uids: list[int] = []
+    self._number = 0
+    self._on_failure: dict[int, Callable[[str], None]] = {}
+    self.n_open = 0  # requests whose answer is due
+    self.inits: set[int] = set()  # alive, or dead and not yet reaped
+
+  @property
+  def plan(self) -> plan_lib.Plan:
+    """The plan in force."""
+    assert self._fleet.plan is not None
+    return self._fleet.plan
+
+  def open_uids(self) -> None:
+    """Sets the user ids of the plan in force aside."""
+    first = self.plan.first_uid
+    if first is not None:
+      self._free_uids = list(range(first, first + plan_lib.n_uids()))[::-1]
+
+  def take_uid(self) -> int | None:
+    """Returns an id that nothing else runs under; None where none are used."""
+    return self._free_uids.pop() if self._free_uids else None
+
+  def give_uid(self, uid: int | None) -> None:
+    """Takes an id back, of which no process is left.
+
+    It goes to the other end, so that it is not soon used again.
+    """
+    if uid is not None:
+      self._free_uids.insert(0, uid)
+
+  def new_tag(self) -> int:
+    """Returns the next tag, see `linux.set_tag`."""
+    self._next_tag -= 1
+    return self._next_tag
+
+  def begin(
+    self,
+    image: str,
+    request: dict,
+    fds: list[int],
+    on_failure: Callable[[str], None],
+    then: Callable[[Born], None],
+  ) -> int:
+    """Starts a process; `then` is told of it later, in the loop.
+
+    Args:
+      image: what it is to be forked from.
+      request: what `child.Job` reads, without `id` and `init`.
+      fds: that go with it; closed here, now or later.
+      on_failure: told if the child cannot be prepared.
+      then: told of the birth.
+
+    Returns:
+      A number for `forget`.
+    """
+    self._number += 1
+    self._on_failure[self._number] = on_failure
+    self.n_open += 1
+    _Birth(self, self._number, image, request, fds, then).go_on()
+    return self._number
+
+  def forget(self, number: int) -> None:
+    """Ends the interest in a birth's failure."""
+    self._on_failure.pop(number, None)
+
+  def fail(self, number: int, why: str) -> None:
+    """Passes on why a child could not be prepared."""
+    told = self._on_failure.get(number)
+    if told is not None:
+      told(why)
+
+  def end_init(self, pid: int) -> None:
+    """Kills a pid namespace with everything in it."""
+    if pid in self.inits:
+      linux.kill_quietly(pid)
+
+
+class _Birth:
+  """The steps of one birth."""
+
+  def __init__(
+    self,
+    births: Births,
+    number: int,
+    image: str,
+    request: dict,
+    fds: list[int],
+    then: Callable[[Born], None],
+  ):
+    self._births = births
+    self._number = number
+    self._image = image
+    self._request = request
+    self._fds = fds
+    self._then = then
+    self._init_pid = 0
+    self._base_kb = 0
+
+  def go_on(self) -> None:
+    births, fleet = self._births, self._births._fleet
+    needs_init = bool(births.plan.namespaces) and not self._init_pid
+    image = routing.BARE if needs_init else fleet.best_image(self._image)
+    if fleet.images[image].failure:
+      self._end(Born(why_not=fleet.images[image].failure))
+      return
+    zygote = fleet.pick(image)
+    if zygote is None:
+      fleet.when_ready(image, self.go_on)
+    elif needs_init:
+      request = {"op": "init", "tag": self._request["tag"]}
+      zygote.ask(self._number, request, [], self._got_init)
+    else:
+      self._base_kb = zygote.base_kb
+      request = {**self._request, "op": "fork", "init": self._init_pid}
+      zygote.ask(self._number, request, self._fds, self._got_main)
+
+  def _got_init(self, pid: int, why_not: str) -> None:
+    if not pid:
+      self._end(Born(why_not=why_not))
+      return
+    self._init_pid = pid
+    self._births.inits.add(pid)
+    self.go_on()
+
+  def _got_main(self, pid: int, why_not: str) -> None:
+    self._end(Born(pid, self._init_pid, self._base_kb, why_not))
+
+  def _end(self, born: Born) -> None:
+    for fd in self._fds:
+      os.close(fd)
+    self._births.n_open -= 1
+    if not born.pid:
+      self._births.end_init(self._init_pid)
+    self._then(born)
+
+
+def request_for(
+  tool: str,
+  limits: dict,
+  seed: str,
+  tag: int,
+  scratch: str,
+  uid: int | None,
+) -> dict[str, typing.Any]:
+  """Returns what a child must know, as `Births.begin` takes it."""
+  return {
+    "tool": tool,
+    "limits": limits,
+    "seed": seed,
+    "tag": tag,
+    "scratch": scratch,
+    "uid": uid,
+  }

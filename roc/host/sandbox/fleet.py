@@ -1,0 +1,314 @@
+"""The supervisor's templates and zygotes: start, confine, ask, replace.
+
+Templates are forked from the supervisor while it is still pristine, so that
+none ever holds another call's code. Zygotes are forked from templates whenever
+one is missing.
+"""
+
+import collections
+import functools
+import json
+import os
+import socket
+import typing
+from collections.abc import Callable
+
+from roc.host.sandbox import linux, namespaces, routing, zygote
+from roc.host.sandbox import plan as plan_lib
+
+_REPLY_BYTES = 1 << 12
+
+# Called with the pid of what was forked, or with why nothing was.
+OnForked = Callable[[int, str], None]
+
+
+class Zygote:
+  """A process that forks on request."""
+
+  def __init__(self, image: str, sock: socket.socket):
+    self.image = image
+    self.sock = sock
+    self.pid = 0
+    self.is_ready = False
+    self.failure = ""
+    self.base_kb = 0  # its resident size, when it was ready
+    self.asked: dict[int, OnForked] = {}
+
+  def ask(
+    self, number: int, request: dict, fds: list[int], then: OnForked
+  ) -> None:
+    """Asks for a fork; `then` is called in the loop when it is answered."""
+    self.asked[number] = then
+    data = json.dumps({**request, "id": number}).encode()
+    try:
+      socket.send_fds(self.sock, [data], fds)
+    except OSError as error:
+      del self.asked[number]
+      then(0, f"a zygote does not take requests: {error.strerror}")
+
+  def fail(self, why: str) -> None:
+    """Answers everything that was asked of a zygote that is gone."""
+    asked, self.asked = self.asked, {}
+    for then in asked.values():
+      then(0, why)
+
+
+class Image:
+  """A template, its zygotes, and what waits for it to be loaded."""
+
+  def __init__(self, name: str, sock: socket.socket, pid: int):
+    self.name = name
+    self.sock = sock
+    self.pid = pid
+    self.is_loaded = False
+    self.is_asked_to_load = False
+    self.failure = ""
+    self.zygotes: list[Zygote] = []
+    self.waiting: collections.deque[Callable[[], None]] = collections.deque()
+    self.unnamed: collections.deque[Zygote] = collections.deque()
+
+
+class Fleet:
+  """All images of a supervisor.
+
+  Args:
+    root: the sandbox's directory.
+    n_zygotes: of each image, when it is used.
+    watch: registers a socket with the loop, to call a function when it reads.
+    unwatch: takes that back.
+    on_setup_failure: called with a request's number and why the child that it
+      asked for could not be prepared.
+  """
+
+  def __init__(
+    self,
+    root: str,
+    n_zygotes: int,
+    watch: Callable[[int, Callable[[], None]], None],
+    unwatch: Callable[[int], None],
+    on_setup_failure: Callable[[int, str], None],
+  ):
+    self.images: dict[str, Image] = {}
+    self.plan: plan_lib.Plan | None = None
+    self.library_dirs: list[str] = []
+    self._root = root
+    self._n_zygotes = n_zygotes
+    self._watch = watch
+    self._unwatch = unwatch
+    self._on_setup_failure = on_setup_failure
+    self._n_tasks = linux.tasks_of_user()
+    self._turn = 0
+
+  # -------------------------------------------------------------- templates
+
+  def fork_templates(
+    self, modules: dict[str, list[str]], site_dirs: list[str]
+  ) -> zygote.Next | None:
+    """Forks a template for each image; none loads before `load`.
+
+    Args:
+      modules: what each image is to hold.
+      site_dirs: where installed packages lie.
+
+    Returns:
+      In a template: what it does. In the supervisor: None.
+    """
+    for name, wanted in modules.items():
+      ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+      pid = os.fork()
+      if pid == 0:
+        ours.close()
+        for image in self.images.values():
+          image.sock.close()
+        return functools.partial(_load_when_told, theirs, site_dirs, wanted)
+      theirs.close()
+      ours.setblocking(False)
+      self.images[name] = Image(name, ours, pid)
+    return None
+
+  def load(self, name: str) -> None:
+    """Has a template load its image; asking again does nothing."""
+    image = self.images[name]
+    if not image.is_asked_to_load:
+      image.is_asked_to_load = True
+      image.sock.send(b"load")
+      self._watch(
+        image.sock.fileno(), functools.partial(self._hear_template, image)
+      )
+
+  def _hear_template(self, image: Image) -> None:
+    data = _receive(image.sock)
+    if data is None:
+      return
+    if image.is_loaded and data:
+      made = image.unnamed.popleft()
+      made.pid = int(data)
+      return
+    if data == b"ready":
+      image.is_loaded = True
+      if self.plan is not None:
+        self.add_zygotes(image)
+    else:
+      image.failure = image.failure or data.decode() or "its template died"
+      self._unwatch(image.sock.fileno())
+    self._release_waiting(image)
+
+  def _release_waiting(self, image: Image) -> None:
+    # Whoever finds it not ready yet waits again, in a new queue.
+    waiting, image.waiting = image.waiting, collections.deque()
+    for then in waiting:
+      then()
+
+  # ---------------------------------------------------------------- zygotes
+
+  def add_zygotes(self, image: Image) -> None:
+    """Brings an image up to its number of zygotes, under the chosen plan."""
+    assert self.plan is not None
+    while len(image.zygotes) < self._n_zygotes and not image.failure:
+      self.add_zygote(image, self.plan)
+
+  def add_zygote(self, image: Image, plan: plan_lib.Plan) -> Zygote:
+    """Has a template fork one zygote, which then takes on `plan`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    setup = {
+      "plan": plan.to_json(),
+      "root": self._root,
+      "library_dirs": self.library_dirs,
+      "supervisor": os.getpid(),
+      "n_tasks": self._n_tasks,
+    }
+    ours.setblocking(False)
+    made = Zygote(image.name, ours)
+    with theirs:
+      socket.send_fds(
+        image.sock, [json.dumps(setup).encode()], [theirs.fileno()]
+      )
+    image.unnamed.append(made)
+    image.zygotes.append(made)
+    hear = functools.partial(self._hear_zygote, image, made, plan)
+    self._watch(ours.fileno(), hear)
+    return made
+
+  def _hear_zygote(
+    self, image: Image, made: Zygote, plan: plan_lib.Plan
+  ) -> None:
+    data = _receive(made.sock)
+    if data is None:
+      return
+    if made.is_ready and data:
+      self._take_answer(made, data)
+    elif data == zygote.CONFINED:
+      made.is_ready = True
+      made.base_kb = linux.resident_kb(self._pid_of(made))
+      self._release_waiting(image)
+    elif data == zygote.MAP_IDS:
+      self._map_ids(made, plan)
+    else:
+      if not made.is_ready:
+        made.failure = data.decode("utf-8", "replace") or "a zygote died"
+      self.drop(made)
+
+  def _take_answer(self, made: Zygote, data: bytes) -> None:
+    if data[:1] == b"!":
+      number, _, why = data[1:].decode("utf-8", "replace").partition(" ")
+      self._on_setup_failure(int(number), why)
+      return
+    number, pid = map(int, data.split())
+    then = made.asked.pop(number)
+    if pid < 0:
+      then(0, f"no process could be started: {os.strerror(-pid)}")
+    else:
+      then(pid, "")
+
+  def _map_ids(self, made: Zygote, plan: plan_lib.Plan) -> None:
+    if plan.first_uid is None:
+      uids, gids = [[os.getuid(), 1]], [[os.getgid(), 1]]
+    else:
+      uids = gids = [[0, 1], [plan.first_uid, plan_lib.n_uids()]]
+    try:
+      namespaces.write_id_maps(
+        self._pid_of(made), uids, gids, plan.first_uid is not None
+      )
+    except OSError as error:
+      made.failure = f"id maps: {error.strerror}"
+      self.drop(made)
+      return
+    made.sock.send(b"go")
+
+  def _pid_of(self, made: Zygote) -> int:
+    image = self.images[made.image]
+    while not made.pid:  # its template's answer is on the way
+      image.sock.setblocking(True)
+      try:
+        image.unnamed.popleft().pid = int(image.sock.recv(_REPLY_BYTES))
+      finally:
+        image.sock.setblocking(False)
+    return made.pid
+
+  def drop(self, made: Zygote) -> None:
+    """Forgets a zygote that is dead, or is to be; its calls live on."""
+    image = self.images[made.image]
+    if made not in image.zygotes:
+      return
+    was_ready = made.is_ready
+    image.zygotes.remove(made)
+    self._unwatch(made.sock.fileno())
+    made.sock.close()
+    if made.pid:
+      linux.kill_quietly(made.pid)
+    made.fail("the zygote died")
+    if was_ready and self.plan is not None:
+      self.add_zygotes(image)
+
+  def pick(self, name: str) -> Zygote | None:
+    """Returns the zygote of an image that has least to do.
+
+    Returns:
+      None when the image is not ready; `when_ready` says when it is.
+    """
+    ready = [z for z in self.images[name].zygotes if z.is_ready]
+    if not ready:
+      return None
+    self._turn += 1
+    start = self._turn % len(ready)
+    return min(ready[start:] + ready[:start], key=lambda z: len(z.asked))
+
+  def best_image(self, name: str) -> str:
+    """Returns `name`, or the bare image where that one cannot be loaded."""
+    usable = name in self.images and not self.images[name].failure
+    return name if usable else routing.BARE
+
+  def when_ready(self, name: str, then: Callable[[], None]) -> None:
+    """Calls `then` when the image may have a zygote, loading it if need be."""
+    self.load(name)
+    self.images[name].waiting.append(then)
+
+  def pids(self) -> set[int]:
+    """Returns the pids of templates and zygotes."""
+    images = self.images.values()
+    return {i.pid for i in images} | {
+      z.pid for i in images for z in i.zygotes if z.pid
+    }
+
+  def has_lost_template(self, pid: int) -> bool:
+    """Whether `pid`, just reaped, was a template: then nothing can go on."""
+    return any(pid == image.pid for image in self.images.values())
+
+
+def _load_when_told(
+  sock: socket.socket, site_dirs: list[str], modules: list[str]
+) -> typing.Any:
+  linux.die_with_parent()
+  if not sock.recv(16):
+    return None
+  return functools.partial(zygote.template, sock, site_dirs, modules)
+
+
+def _receive(sock: socket.socket) -> bytes | None:
+  """Returns one message, b"" at the end, None when there is nothing now."""
+  try:
+    return sock.recv(_REPLY_BYTES)
+  except BlockingIOError:
+    return None
+  except OSError:
+    return b""

@@ -1,0 +1,297 @@
+"""All sessions of a supervisor: opened by their first cell, ended by hand.
+
+A session's cell counts among the running calls while it runs; an idle session
+costs its memory and nothing else.
+"""
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable
+
+from roc import layout
+from roc.host.sandbox import births as births_lib
+from roc.host.sandbox import contract, linux, routing, running, scratch
+from roc.host.sandbox import session as session_lib
+
+_PATIENCE_S = 2.0  # for a guardian to say that its runner is dead
+_SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
+
+
+class Sessions:
+  """Opens, feeds, watches and ends sessions.
+
+  Args:
+    births: makes their processes.
+    places: makes and discards directories on disk.
+    at_most: live sessions; one more is answered INFRA.
+    watch: registers a descriptor with the loop.
+    unwatch: takes that back.
+    orphans: gives the supervisor's own children with a tag.
+    answer: delivers the result of a call.
+  """
+
+  def __init__(
+    self,
+    births: births_lib.Births,
+    places: scratch.Places,
+    at_most: int,
+    watch: Callable[[int, Callable[[], None]], None],
+    unwatch: Callable[[int], None],
+    orphans: Callable[[int], list[int]],
+    answer: Callable[[int, contract.ToolResult], None],
+  ):
+    self._births = births
+    self._places = places
+    self._at_most = at_most
+    self._watch = watch
+    self._unwatch = unwatch
+    self._orphans = orphans
+    self._answer = answer
+    self._all: dict[str, session_lib.Session] = {}
+    self._dying: list[session_lib.Session] = []
+    self.n_running = 0
+
+  # ------------------------------------------------------------------ cells
+
+  def submit(self, message: dict, limits: contract.Limits) -> None:
+    """Runs a cell in its session, which it opens if there is none."""
+    self.n_running += 1
+    live = self._all.get(message["session"])
+    if live is None:
+      if len(self._all) >= self._at_most:
+        self._refuse(message["id"], f"there are {self._at_most} live sessions")
+        return
+      live = self._open(message)
+      if live is None:
+        return
+    live.waiting.append(session_lib.Cell(message, limits))
+    self._feed(live)
+
+  def _refuse(self, call_id: int, why: str, cause: str = "session") -> None:
+    self.n_running -= 1
+    self._answer(
+      call_id,
+      contract.ToolResult(layout.ToolStatus.INFRA, stderr=why, cause=cause),
+    )
+
+  def _open(self, message: dict) -> session_lib.Session | None:
+    uid, tag = self._births.take_uid(), self._births.new_tag()
+    with contextlib.ExitStack() as undo:
+      try:
+        place = self._places.make(uid)
+        undo.callback(self._places.discard, place)
+        ours, theirs = socket.socketpair(*_SOCKET)
+        undo.callback(ours.close)
+        undo.callback(theirs.close)
+        stdout, stderr = running.Stream.open(0), running.Stream.open(0)
+      except OSError as error:
+        self._births.give_uid(uid)
+        self._refuse(message["id"], f"no session: {error.strerror}", "sandbox")
+        return None
+      undo.pop_all()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    ours.setblocking(False)
+    live = session_lib.Session(
+      message["session"],
+      tag,
+      uid,
+      place,
+      ours,
+      stdout.read_fd,
+      stderr.read_fd,
+    )
+    self._all[live.key] = live
+    self._watch(ours.fileno(), lambda: self._hear(live))
+    request = births_lib.request_for(
+      "session", message["limits"], message["seed"], tag, place, uid
+    )
+    fds = [stdout.write_fd, stderr.write_fd, theirs.detach()]
+    live.birth = self._births.begin(
+      routing.image_for(message["code"]),
+      request,
+      fds,
+      lambda why: self._lose(live, why),
+      lambda born: self._opened(live, born),
+    )
+    return live
+
+  def _opened(
+    self, live: session_lib.Session, born: births_lib.Born
+  ) -> None:
+    live.main_pid, live.init_pid = born.pid, born.init_pid
+    live.base_kb = born.base_kb
+    if not born.pid:
+      self._lose(live, born.why_not)
+    elif live.is_dead:
+      self._kill(live)
+
+  def _feed(self, live: session_lib.Session) -> None:
+    if not live.is_idle or not live.waiting:
+      return
+    cell = live.waiting.popleft()
+    try:
+      live.start(cell, self._places.hidden(live.scratch))
+    except OSError:
+      self._refuse(cell.message["id"], session_lib.LOST)
+      self._lose(live)
+
+  def _hear(self, live: session_lib.Session) -> None:
+    heard = live.receive()
+    if heard is None:
+      self._lose(live)
+      return
+    words, sender = heard
+    cell = live.cell
+    if session_lib.is_word(words, session_lib.HELLO, 0):
+      if live.take_runner(sender):
+        self._settle(live)
+    elif cell is None:
+      return
+    elif (
+      session_lib.is_word(words, session_lib.DONE, 1) and sender == live.runner
+    ):
+      cell.ended(
+        (int(words[1]) & 0xFF) << 8,
+        linux.cpu_seconds(sender),
+        linux.resident_kb(sender),
+      )
+      live.drop_runner()  # it becomes the guardian; another will say hello
+      self._finish(live)
+    elif (
+      session_lib.is_word(words, session_lib.DIED, 3) and sender == live.guard
+    ):
+      cell.ended(int(words[1]), float(words[2]), int(words[3]))
+      live.drop_runner()
+      self._settle(live)
+      self._finish(live)
+
+  def _settle(self, live: session_lib.Session) -> None:
+    """Kills what is neither guardian nor runner, then feeds the runner."""
+    for pid in live.strays(self._orphans):
+      linux.kill_marked(pid)
+    self._feed(live)
+
+  def _finish(self, live: session_lib.Session, note: str = "") -> None:
+    cell = live.cell
+    assert cell is not None
+    live.cell = None
+    for stream in (cell.stdout, cell.stderr):
+      if stream.is_watched:
+        self._unwatch(stream.read_fd)
+    if cell.killed_for is None and cell.is_over_disk():
+      cell.book(layout.ToolStatus.RESOURCE, "disk")
+    result = cell.result()
+    cell.close()
+    self.n_running -= 1
+    self._answer(cell.id, result.with_note(note))
+
+  # ----------------------------------------------------------------- watching
+
+  def running_cells(self) -> list[tuple[session_lib.Session, running.Running]]:
+    """Returns the cells that run, with their sessions."""
+    return [(s, s.cell) for s in self._all.values() if s.cell is not None]
+
+  def kill_cell(
+    self,
+    live: session_lib.Session,
+    why: layout.ToolStatus,
+    cause: str,
+  ) -> None:
+    """Ends the running cell; its session falls back to the state before it."""
+    cell = live.cell
+    assert cell is not None
+    cell.book(why, cause)
+    live.kill_runner()
+    if not cell.ended_at:
+      cell.ended_at = time.monotonic()
+    elif time.monotonic() > cell.ended_at + _PATIENCE_S:
+      self._lose(live)  # nobody there to say that it is dead
+
+  def cancel(self, call_id: int) -> bool:
+    """Ends the cell of that number, running or waiting."""
+    for live in self._all.values():
+      if live.cell is not None and live.cell.id == call_id:
+        self.kill_cell(live, layout.ToolStatus.INFRA, "cancelled")
+        return True
+      for cell in live.waiting:
+        if cell.message["id"] == call_id:
+          live.waiting.remove(cell)
+          self._refuse(call_id, "cancelled", "cancelled")
+          return True
+    return False
+
+  # -------------------------------------------------------------------- ends
+
+  def end(self, key: str) -> None:
+    """Ends a session; what runs or waits in it is cancelled."""
+    live = self._all.get(key)
+    if live is not None:
+      if live.cell is not None:
+        live.cell.book(layout.ToolStatus.INFRA, "cancelled")
+      self._lose(live, "cancelled")
+
+  def _lose(self, live: session_lib.Session, why: str = "") -> None:
+    """Takes a session out of service and answers whoever waits for it.
+
+    Args:
+      live: the session.
+      why: a fault of the sandbox's, or "" where a program ended it.
+    """
+    if live.is_dead:
+      return
+    live.is_dead = True
+    self._all.pop(live.key, None)
+    self._unwatch(live.channel.fileno())
+    if live.cell is not None:
+      if not live.cell.is_ended:
+        live.cell.ended(9, linux.cpu_seconds(live.runner), 0)
+      self._finish(live, session_lib.LOST)
+    for cell in live.waiting:
+      self._refuse(cell.message["id"], why or session_lib.LOST)
+    live.waiting.clear()
+    self._births.forget(live.birth)
+    self._kill(live)
+    self._dying.append(live)
+
+  def _kill(self, live: session_lib.Session) -> None:
+    self._births.end_init(live.init_pid)
+    live.kill_runner()
+    for pid in (live.guard, live.main_pid):
+      linux.kill_marked(pid)
+
+  def reaped(self, pid: int) -> bool:
+    """Notes a dead main process; whether it was one of a session."""
+    for live in [*self._all.values(), *self._dying]:
+      if live.main_pid == pid:
+        live.main_pid = 0
+        return True
+    return False
+
+  def clean_up(self) -> None:
+    """Finishes off dead sessions; call it once in every turn of the loop."""
+    for live in list(self._dying):
+      strays = live.strays(self._orphans)
+      for pid in (*strays, live.guard, live.runner):
+        linux.kill_marked(pid)
+      if not strays and live.init_pid not in self._births.inits:
+        self._dying.remove(live)
+        live.close()
+        self._places.discard(live.scratch)
+        self._births.give_uid(live.uid)
+
+  def live_pids(self) -> set[int]:
+    """Returns the processes that sessions may keep."""
+    return {
+      pid
+      for live in self._all.values()
+      for pid in (live.main_pid, live.guard, live.runner)
+      if pid
+    }
+
+  def live_tags(self) -> set[int]:
+    """Returns the tags of sessions that are not dead."""
+    return {live.tag for live in self._all.values()}
+
+  def __len__(self) -> int:
+    return len(self._all)

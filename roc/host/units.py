@@ -1,0 +1,112 @@
+"""Units, currency, percent and degree signs, taken off the end of an answer."""
+
+import dataclasses
+import re
+
+# Words in LaTeX, such as `\text{cm}`; the group is what stands inside.
+WRAPPED = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}\\]*)\}"
+
+# Canonical name, then every other spelling; plurals in -s are understood.
+_SPELLINGS = (
+  "mm millimeter millimetre",
+  "cm centimeter centimetre",
+  "m meter metre",
+  "km kilometer kilometre",
+  "in inch inches",
+  "ft foot feet",
+  "yd yard",
+  "mi mile",
+  "g gram",
+  "kg kilogram",
+  "lb pound",
+  "s sec second",
+  "min minute",
+  "h hr hour",
+  "day",
+  "week",
+  "month",
+  "yr year",
+  "mph",
+  "$ dollar usd",
+  "cent ¢",
+  "€ euro",
+  "£",
+  "% percent pct",
+  "deg degree",
+)
+_UNITS = {
+  name + plural: spellings.split()[0]
+  for spellings in _SPELLINGS
+  for name in spellings.split()
+  for plural in ("", "s" * (len(name) > 1))  # 7ms is no length
+} | {"unit": "", "units": ""}
+_CURRENCY = re.compile(r"([+-]?) ?(?:\\?\$|(?<!\\)([€£])) ?(?=[\d.\\(])")
+_SIGN_UNITS = (
+  (re.compile(r" ?\\?%$"), "%"),
+  (re.compile(r" ?(?:\^ ?(?:\{ ?\\circ ?\}|\\circ)|\\degree)$"), "deg"),
+  (re.compile(r" ?\\?\$$"), "$"),
+)
+_BASE = re.compile(r"^(\d+)(_(?:\d|\{\d+\}))$")
+_LAST_WRAPPED = re.compile(
+  r"^(?P<bare>.*[\d})\].%]) ?" + WRAPPED + r"(?P<power> ?\^ ?\{?[23]\}?)?$"
+)
+_NO_UNIT = re.compile(r"\d|^(?:and|or|if|when|for)\b")
+_LAST_WORDS = re.compile(
+  r"^(?P<bare>.*[\d})\].]) ?(?P<unit>[a-z¢][a-z. ]*)(?P<power>\^\{?[23]\}?)?$"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+  """A text without its unit.
+
+  Attributes:
+    bare: the text.
+    unit: its canonical name; empty for none and for one that is not known.
+  """
+
+  bare: str
+  unit: str
+
+
+def split(text: str) -> Quantity:
+  r"""Takes a unit off: currency, `\%`, `^\circ`, a base, `\text{cm}^2`, `cm`.
+
+  In `\text{}` any words after a value are a unit; bare ones only if they are
+  known, and a bare single letter is a variable.
+  """
+  if found := _CURRENCY.match(text):
+    rest = split(found[1] + text[found.end() :])
+    return Quantity(rest.bare, found[2] or "$")
+  for pattern, unit in _SIGN_UNITS:
+    if (found := pattern.search(text)) and found.start():
+      return Quantity(text[: found.start()], unit)
+  if found := _BASE.match(text):
+    return Quantity(found[1], found[2].replace("{", "").replace("}", ""))
+  if found := _LAST_WRAPPED.match(text):
+    words = found[2].strip().lower()
+    if not words or _NO_UNIT.search(words):
+      return Quantity(text, "")
+    unit = _unit(words, found["power"])
+    # `50\% \text{ of them}`: the sign before unknown words is the unit.
+    bare = found["bare"].strip()
+    return Quantity(bare, unit) if unit else split(bare)
+  if found := _LAST_WORDS.match(text):
+    words = found["unit"].strip()
+    unit = _unit(words, found["power"])
+    if unit is not None and len(words) > 1:
+      return Quantity(found["bare"].strip(), unit)
+  return Quantity(text, "")
+
+
+def _unit(words: str, power: str | None) -> str | None:
+  """Canonical name of a unit; None for one that is not known."""
+  square = re.match(r"(sq(?:uare)?\.?|cu(?:bic)?\.?) (.*)", words)
+  if square:
+    words = square[2]
+    power = "2" if square[1].startswith("sq") else "3"
+  if words not in _UNITS:
+    return None
+  name = _UNITS[words]
+  exponent = re.sub(r"\D", "", power or "")
+  return f"{name}^{exponent}" if name and exponent else name
