@@ -16,7 +16,7 @@ import textwrap
 import typing
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from absl import flags
 
@@ -33,7 +33,7 @@ class Command:
   summary: str
   about: str
   example: str
-  config: cli.Source = "needed"
+  config: cli.Source | Literal["own"] = "needed"  # own: it reads its flags
 
 
 COMMANDS = {
@@ -68,6 +68,12 @@ COMMANDS = {
     "Trains each arm and seed from one supervised policy and draws them"
     " together; what is finished already is not trained again.",
     "compare --config=experiments/roc_vs_grpo.py --workdir=runs/comparison",
+  ),
+  "sandbox": Command(
+    "run a program as a model's tool call would; show what confines it",
+    "Its own --help tells more.",
+    "sandbox run FILE.py",
+    "own",
   ),
 }
 
@@ -113,6 +119,8 @@ def _dispatch(argv: list[str]) -> int:
       " `python -m roc.main --help` lists them"
     )
   command = COMMANDS[name]
+  if command.config == "own":
+    return _program(name).main(rest)
   if any(arg in ("--help", "-h", "--helpfull") for arg in rest):
     print(_help(name, command))
     return 0

@@ -145,7 +145,9 @@ class AgentLoop:
       if done:
         self.sampler.release(done)
         for slot in done:
-          judging += self._judge(running.pop(slot).episode)
+          episode = running.pop(slot).episode
+          self.toolbox.end_trajectory(_trajectory(episode))
+          judging += self._judge(episode)
         n_done += len(done)
         if on_finished is not None:
           on_finished(n_done, n_all)
@@ -264,11 +266,16 @@ class AgentLoop:
     if room <= 0:
       e.stop(layout.StopReason.MAX_TURNS)
       return
-    trajectory = (e.step, e.task_index, e.rollout_id)
+    name = _trajectory(e)
     live.calls = [
-      self.toolbox.submit(call, trajectory=trajectory, call_index=n_before + i)
+      self.toolbox.submit(call, trajectory=name, call_index=n_before + i)
       for i, call in enumerate(calls_lib.limit(calls, room))
     ]
+
+
+def _trajectory(episode: episode_lib.Episode) -> tuple[int, int, int]:
+  """The rollout's name in the sandbox, the same in every run."""
+  return (episode.step, episode.task_index, episode.rollout_id)
 
 
 def _wait_for_any(running: Iterable[_Live]) -> float:

@@ -41,6 +41,17 @@ class Cursor:
   tokens_sampled: int = 0
 
 
+def _sandbox_figures(stats: dict[str, Any]) -> dict[str, float]:
+  """What of the sandbox's counters belongs into a row of metrics."""
+  return {
+    "time/call_p50": stats["p50_ms"] / 1e3,
+    "time/call_p99": stats["p99_ms"] / 1e3,
+    "time/call_wait_p50": stats["wait_p50_ms"] / 1e3,
+    "time/call_wait_p99": stats["wait_p99_ms"] / 1e3,
+    "sandbox/restarts": float(stats["restarts"]),
+  }
+
+
 class Trainer:
   """The parts of a run and what one step does with them."""
 
@@ -55,6 +66,7 @@ class Trainer:
     self.cfg = cfg
     self.cursor = Cursor()
     self._host = host
+    self._toolbox = toolbox
     self._policy = policy
     self._learner = learner
     self._loop = build.make_loop(policy, cfg.sampling, host, toolbox)
@@ -117,6 +129,7 @@ class Trainer:
       "time/update": ended - updating,
       "time/step": ended - started,
     }
+    row |= _sandbox_figures(self._toolbox.stats())
     return state, row | self._count(groups), groups
 
   def _draw(self, params: Any, step: int):

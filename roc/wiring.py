@@ -146,6 +146,7 @@ def parts() -> dict[str, dict[str, inspect.Parameter]]:
     (demonstrations.MessRates, "MessRates"),
     (sandbox_lib.Limits, "Limits"),
     (sandbox_lib.Sandbox, "Sandbox", "limits", "seed"),
+    (sandbox_lib.ExternalSandbox, "ExternalSandbox", "limits", "seed"),
     (tools.Toolbox, "Toolbox", "sandbox"),
     (rewards.exact_score, "exact_score", "sandbox"),
     (verify.math_score, "math_score", "sandbox"),

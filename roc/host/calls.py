@@ -11,7 +11,7 @@ Policy, one row a case (`tests/host/calls_test.py` holds the same table):
   body is no JSON object                               rejected: bad JSON
   special token inside the body                        rejected: bad JSON
   no name, another name                                rejected: unknown tool
-  missing, extra or non-string argument                rejected: bad arguments
+  missing, unknown or non-string argument              rejected: bad arguments
   arguments given as a string that holds JSON          accepted
   closing tag alone                                    plain text
   several calls                                        all run, in that order
@@ -63,6 +63,41 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class ToolSpec:
+  """How the model calls a tool, and which of the sandbox's it is.
+
+  Attributes:
+    name: by which the model calls it.
+    runs_as: `python` for a program of its own, `session` for a cell in the
+      rollout's namespace.
+    stdin: name of the argument that holds the program's input; "" for none.
+    needs_stdin: whether that argument must be given.
+  """
+
+  name: str = "python"
+  runs_as: str = "python"
+  stdin: str = ""
+  needs_stdin: bool = False
+
+  @property
+  def wanted(self) -> str:
+    """What arguments the tool wants, in words."""
+    if not self.stdin:
+      return "give `code` alone"
+    if self.needs_stdin:
+      return f"give `code` and `{self.stdin}`"
+    return f"give `code`, and `{self.stdin}` for its input"
+
+  def accepts(self, names: set[str]) -> bool:
+    """Whether a call may have these arguments."""
+    needed = {"code", self.stdin} if self.needs_stdin else {"code"}
+    return needed <= names <= {"code", self.stdin}
+
+
+PYTHON = ToolSpec()
+
+
+@dataclasses.dataclass(frozen=True)
 class ParsedTurn:
   r"""What one turn of the model asks for.
 
@@ -86,7 +121,7 @@ def parse_turn(
   ids: Sequence[int],
   tokenizer: tokenizer_lib.Tokenizer,
   *,
-  tool_name: str = "python",
+  tool: ToolSpec = PYTHON,
   max_calls: int = MAX_CALLS_PER_TURN,
 ) -> ParsedTurn:
   """Reads the calls and answers of one turn of the model.
@@ -96,13 +131,13 @@ def parse_turn(
       end-of-turn token may be among them.
     tokenizer: gives the tags' ids; a tag that is no special token of its
       vocabulary is looked for as text.
-    tool_name: the one tool that there is.
+    tool: the one tool that there is.
     max_calls: calls that may be asked for in one turn.
 
   Returns:
     The turn by the policy table at the module's head; an empty turn is void.
   """
-  reader = _TurnReader(tool_name)
+  reader = _TurnReader(tool)
   for tag, text, is_special in _lex(ids, tokenizer):
     reader.feed(tag, text, is_special)
   reader.finish()
@@ -116,11 +151,11 @@ def parse_turn(
 class _TurnReader:
   """The parser's state: which block is open and what it holds so far."""
 
-  def __init__(self, tool_name: str):
+  def __init__(self, tool: ToolSpec):
     self.calls: list[ToolCall] = []
     self.answers: list[str] = []
     self.n_closed_calls = 0
-    self._tool_name = tool_name
+    self._tool = tool
     self._opened_by: str | None = None
     self._texts: list[str] = []
     self._is_clean = True
@@ -164,18 +199,18 @@ class _TurnReader:
     elif not self._is_clean:
       call = _rejected(raw, "bad JSON", "a tag stands inside the call")
     else:
-      call = read_call(raw, self._tool_name)
+      call = read_call(raw, self._tool)
     self.calls.append(call)
     self._opened_by = None
 
 
-def read_call(raw: str, tool_name: str = "python") -> ToolCall:
+def read_call(raw: str, tool: ToolSpec = PYTHON) -> ToolCall:
   """Reads the text between a call's tags.
 
   Args:
     raw: JSON with `name` and `arguments`; arguments may themselves be a string
       that holds JSON.
-    tool_name: the one tool that there is.
+    tool: the one tool that there is.
 
   Returns:
     The call; `error` says what is wrong with it, if anything is.
@@ -191,13 +226,15 @@ def read_call(raw: str, tool_name: str = "python") -> ToolCall:
   except (ValueError, RecursionError) as error:
     return _rejected(raw, "bad JSON", str(error))
   name = body.get("name")
-  if name != tool_name:
-    return _rejected(raw, "unknown tool", f"use {tool_name!r}", str(name))
-  if not isinstance(arguments, dict) or set(arguments) != {"code"}:
-    return _rejected(raw, "bad arguments", "give `code` alone", tool_name)
-  if not isinstance(arguments["code"], str):
-    return _rejected(raw, "bad arguments", "`code` must be a string", tool_name)
-  return ToolCall(name=tool_name, arguments=arguments, raw=raw)
+  if name != tool.name:
+    return _rejected(raw, "unknown tool", f"use {tool.name!r}", str(name))
+  if not isinstance(arguments, dict) or not tool.accepts(set(arguments)):
+    return _rejected(raw, "bad arguments", tool.wanted, tool.name)
+  for key, value in arguments.items():
+    if not isinstance(value, str):
+      detail = f"`{key}` must be a string"
+      return _rejected(raw, "bad arguments", detail, tool.name)
+  return ToolCall(name=tool.name, arguments=arguments, raw=raw)
 
 
 def _rejected(raw: str, error: str, detail: str, name: str = "") -> ToolCall:

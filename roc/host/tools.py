@@ -24,18 +24,23 @@ class ToolOutcome:
 
 
 class Runner(Protocol):
-  """The part of the sandbox that a toolbox needs."""
+  """The part of the sandbox that a toolbox needs.
+
+  One that offers sessions also has `end_trajectory`, and its `submit` takes
+  `tool` and `stdin`.
+  """
 
   def submit(
     self, code: str, *, trajectory: Any = ..., call_index: int = ...
   ) -> futures.Future: ...
 
 
-def python(code: str) -> str:
+def python(code: str, stdin: str = "") -> str:
   """Runs Python code in a fresh interpreter.
 
   Args:
     code: a complete program; what it prints is the answer.
+    stdin: what the program reads from its standard input.
 
   Returns:
     What the program printed, or its error.
@@ -43,13 +48,70 @@ def python(code: str) -> str:
   raise NotImplementedError("the sandbox runs the code; this is its signature")
 
 
+def session(code: str) -> str:
+  """Runs a cell of Python code in a session that keeps its variables.
+
+  Args:
+    code: the next cell; a bare expression at its end is printed.
+
+  Returns:
+    What the cell printed, or its error.
+  """
+  raise NotImplementedError("the sandbox runs the code; this is its signature")
+
+
+def python_code_with_standard_io(code: str, input: str) -> str:
+  """Runs Python code that reads standard input and prints to standard output.
+
+  Args:
+    code: a complete program; what it prints is the answer.
+    input: what the program reads from its standard input.
+
+  Returns:
+    What the program printed, or its error.
+  """
+  raise NotImplementedError("the sandbox runs the code; this is its signature")
+
+
+def jupyter_code(code: str) -> str:
+  """Runs a cell of Python code as a notebook does, variables kept.
+
+  Args:
+    code: the next cell; a bare expression at its end is printed.
+
+  Returns:
+    What the cell printed, or its error.
+  """
+  raise NotImplementedError("the sandbox runs the code; this is its signature")
+
+
+# What the model may be offered; the last two are named as rStar2-Agent's
+# released tools are (microsoft/rStar, rstar2_agent/tools).
+TOOLS = types.MappingProxyType(
+  {
+    "python": (calls.ToolSpec(stdin="stdin"), python),
+    "session": (calls.ToolSpec("session", "session"), session),
+    "python_code_with_standard_io": (
+      calls.ToolSpec(
+        "python_code_with_standard_io",
+        stdin="input",
+        needs_stdin=True,
+      ),
+      python_code_with_standard_io,
+    ),
+    "jupyter_code": (calls.ToolSpec("jupyter_code", "session"), jupyter_code),
+  }
+)
+
+
 class Toolbox:
   """Runs calls in a sandbox and words their results.
 
   Args:
     sandbox: runs the code; its `submit` returns a future.
+    tool: name in `TOOLS` of the one tool that the model has.
     renderer: name in `renderers.RENDERERS`, or a function of (call, result).
-    tool_name: name by which the model calls the tool.
+    tool_name: name by which the model calls the tool; by default the tool's.
     max_chars: longest text the model reads; more is cut from the middle.
   """
 
@@ -57,10 +119,15 @@ class Toolbox:
     self,
     sandbox: Runner,
     *,
+    tool: str = "python",
     renderer: str | renderers.Renderer = "compact",
-    tool_name: str = "python",
+    tool_name: str = "",
     max_chars: int = 256,
   ):
+    if tool not in TOOLS:
+      raise ValueError(
+        f"tool {tool!r} is unknown; choose one of {', '.join(TOOLS)}"
+      )
     if isinstance(renderer, str) and renderer not in renderers.RENDERERS:
       raise ValueError(
         f"tool renderer {renderer!r} is unknown; choose one of "
@@ -68,18 +135,29 @@ class Toolbox:
       )
     if max_chars < 1:
       raise ValueError(f"max_chars must be at least 1, not {max_chars}")
-    self.tool_name = tool_name
+    spec, self._function = TOOLS[tool]
+    self.spec = dataclasses.replace(spec, name=tool_name or spec.name)
     self.sandbox = sandbox
     self._render = (
       renderers.RENDERERS[renderer] if isinstance(renderer, str) else renderer
     )
     self._max_chars = max_chars
 
+  @property
+  def tool_name(self) -> str:
+    """Name by which the model calls the tool."""
+    return self.spec.name
+
+  @property
+  def schema(self) -> dict[str, Any]:
+    """OpenAI-style schema of the tool, for the prompt."""
+    return tool_schema(self._function, self.tool_name)
+
   def parse_turn(
     self, ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
   ) -> calls.ParsedTurn:
-    """`calls.parse_turn` with this box's tool name."""
-    return calls.parse_turn(ids, tokenizer, tool_name=self.tool_name)
+    """`calls.parse_turn` with this box's tool."""
+    return calls.parse_turn(ids, tokenizer, tool=self.spec)
 
   def submit(
     self, call: calls.ToolCall, *, trajectory: Any = "", call_index: int = 0
@@ -101,8 +179,16 @@ class Toolbox:
     if call.error is not None:
       done.set_result(self._outcome(call, layout.ToolStatus.REJECTED, None))
       return done
+    others: dict[str, Any] = {}
+    if self.spec.runs_as != calls.PYTHON.runs_as:
+      others["tool"] = self.spec.runs_as
+    if call.arguments.get(self.spec.stdin):
+      others["stdin"] = call.arguments[self.spec.stdin]
     running = self.sandbox.submit(
-      call.arguments["code"], trajectory=trajectory, call_index=call_index
+      call.arguments["code"],
+      trajectory=trajectory,
+      call_index=call_index,
+      **others,
     )
 
     def finish(future: futures.Future) -> None:
@@ -119,6 +205,15 @@ class Toolbox:
 
     running.add_done_callback(finish)
     return done
+
+  def stats(self) -> dict[str, Any]:
+    """The sandbox's counters, see `sandbox.Sandbox.stats`."""
+    return self.sandbox.stats()  # pyrefly: ignore  # a test's may have none
+
+  def end_trajectory(self, trajectory: Any) -> None:
+    """Frees what the sandbox keeps for a rollout that is over."""
+    if self.spec.runs_as == "session":
+      self.sandbox.end_trajectory(trajectory)  # pyrefly: ignore
 
   def _outcome(
     self,

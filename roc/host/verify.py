@@ -27,8 +27,6 @@ from roc.host.sandbox import contract
 PROGRAM = (
   pathlib.Path(__file__).with_name("verify_program.py").read_text("utf-8")
 )
-# What it loads; a check costs a sixth where the sandbox has these loaded.
-PRELOAD = ("math_verify", "sympy.physics.units")
 _OUT_OF_BOUNDS = frozenset(
   {
     layout.ToolStatus.TIMEOUT,

@@ -188,5 +188,5 @@ def test_too_many_calls_leave_a_rejected_one(tokenizer):
 
 def test_tool_name_is_selectable(tokenizer):
   ids = _ids(tokenizer, f"<tool_call>{GOOD}</tool_call>")
-  (call,) = calls.parse_turn(ids, tokenizer, tool_name="run").calls
+  (call,) = calls.parse_turn(ids, tokenizer, tool=calls.ToolSpec("run")).calls
   assert (call.error, call.name) == ("unknown tool", "python")

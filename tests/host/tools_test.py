@@ -99,7 +99,11 @@ def test_schema_of_the_python_tool():
           "code": {
             "type": "string",
             "description": "a complete program; what it prints is the answer.",
-          }
+          },
+          "stdin": {
+            "type": "string",
+            "description": "what the program reads from its standard input.",
+          },
         },
         "required": ["code"],
       },

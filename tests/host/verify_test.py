@@ -31,7 +31,7 @@ def rows():
 
 @pytest.fixture(scope="session")
 def box():
-  with sandbox_lib.Sandbox(preload=verify.PRELOAD) as running:
+  with sandbox_lib.Sandbox() as running:
     yield running
 
 

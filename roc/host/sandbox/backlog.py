@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 
 from roc import layout
-from roc.host.sandbox import calls, contract
-from roc.host.sandbox import queue as queue_lib
+from roc.host.sandbox import calls, contract, waiting
 
 FULL = "the sandbox's queue stayed full"
 CLOSED = "the sandbox was closed"
@@ -51,7 +50,7 @@ class Backlog:
     self._lock = threading.Lock()
     self._has_room = threading.Condition(self._lock)
     self._has_work = threading.Condition(self._lock)
-    self._queue = queue_lib.FairQueue(capacity)
+    self._queue = waiting.FairQueue(capacity)
     self._later: list[tuple[float, int, calls.Call]] = []  # a heap of retries
     self._sent: dict[int, calls.Call] = {}
     self._n_takers = 0  # threads inside `next_batch`

@@ -113,7 +113,9 @@ class Confinement:
     elif self.plan.landlock_abi:
       linux.hold_capabilities(0)
     else:  # root without a boundary: what it may read and write, it may
-      linux.hold_capabilities(linux.CAP_DAC_OVERRIDE | linux.CAP_DAC_READ_SEARCH)
+      linux.hold_capabilities(
+        linux.CAP_DAC_OVERRIDE | linux.CAP_DAC_READ_SEARCH
+      )
     linux.die_with_parent()  # a change of user forgets this
     apply()
     if self._filter is not None:

@@ -241,3 +241,8 @@ def stdin_bytes(stdin: str | bytes) -> bytes:
   if isinstance(stdin, str):
     return stdin.encode("utf-8", "surrogatepass")
   return stdin
+
+
+def infra(why: str, cause: str = "sandbox") -> ToolResult:
+  """Returns the result of a call that the sandbox failed, or that was ended."""
+  return ToolResult(layout.ToolStatus.INFRA, stderr=why, cause=cause)

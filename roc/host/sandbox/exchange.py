@@ -139,17 +139,19 @@ class Exchange:
       ) from error
     with self._lock:
       self._socket = connection.sock
-      if self._aborted_for:
-        raise ExchangeError(self._aborted_for)
+      self._raise_if_aborted()
     connection.sock.settimeout(self._timeout_s)
     connection.request(
       "POST", self._address.path, body=self._body, headers=self._headers
     )
     with connection.getresponse() as response:
       data = self._read(response)
+    self._raise_if_aborted()
+    return data
+
+  def _raise_if_aborted(self) -> None:
     if self._aborted_for:
       raise ExchangeError(self._aborted_for)
-    return data
 
   def _read(self, response: http.client.HTTPResponse) -> bytes:
     if response.status != 200:

@@ -13,7 +13,7 @@ import socket
 import typing
 from collections.abc import Callable
 
-from roc.host.sandbox import linux, namespaces, routing, zygote
+from roc.host.sandbox import linux, loop, namespaces, routing, zygote
 from roc.host.sandbox import plan as plan_lib
 
 _REPLY_BYTES = 1 << 12
@@ -74,8 +74,7 @@ class Fleet:
   Args:
     root: the sandbox's directory.
     n_zygotes: of each image, when it is used.
-    watch: registers a socket with the loop, to call a function when it reads.
-    unwatch: takes that back.
+    events: the supervisor's loop.
     on_setup_failure: called with a request's number and why the child that it
       asked for could not be prepared.
   """
@@ -84,8 +83,7 @@ class Fleet:
     self,
     root: str,
     n_zygotes: int,
-    watch: Callable[[int, Callable[[], None]], None],
-    unwatch: Callable[[int], None],
+    events: loop.Loop,
     on_setup_failure: Callable[[int, str], None],
   ):
     self.images: dict[str, Image] = {}
@@ -93,8 +91,7 @@ class Fleet:
     self.library_dirs: list[str] = []
     self._root = root
     self._n_zygotes = n_zygotes
-    self._watch = watch
-    self._unwatch = unwatch
+    self._events = events
     self._on_setup_failure = on_setup_failure
     self._n_tasks = linux.tasks_of_user()
     self._turn = 0
@@ -132,7 +129,7 @@ class Fleet:
     if not image.is_asked_to_load:
       image.is_asked_to_load = True
       image.sock.send(b"load")
-      self._watch(
+      self._events.watch(
         image.sock.fileno(), functools.partial(self._hear_template, image)
       )
 
@@ -150,7 +147,7 @@ class Fleet:
         self.add_zygotes(image)
     else:
       image.failure = image.failure or data.decode() or "its template died"
-      self._unwatch(image.sock.fileno())
+      self._events.unwatch(image.sock.fileno())
     self._release_waiting(image)
 
   def _release_waiting(self, image: Image) -> None:
@@ -186,7 +183,7 @@ class Fleet:
     image.unnamed.append(made)
     image.zygotes.append(made)
     hear = functools.partial(self._hear_zygote, image, made, plan)
-    self._watch(ours.fileno(), hear)
+    self._events.watch(ours.fileno(), hear)
     return made
 
   def _hear_zygote(
@@ -252,7 +249,7 @@ class Fleet:
       return
     was_ready = made.is_ready
     image.zygotes.remove(made)
-    self._unwatch(made.sock.fileno())
+    self._events.unwatch(made.sock.fileno())
     made.sock.close()
     if made.pid:
       linux.kill_quietly(made.pid)

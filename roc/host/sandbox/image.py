@@ -23,6 +23,10 @@ _WARM_UP = {
     "import sympy; x = sympy.Symbol('x'); sympy.factor(x**2 - 1);"
     " sympy.solve(x**2 - 2, x); sympy.simplify((x**2 - 1) / (x - 1))"
   ),
+  "math_verify": (
+    "from math_verify import parse, verify;"
+    " verify(parse(r'$\\frac{x}{2}+1$'), parse('$0.5x+1$'))"
+  ),
 }
 
 

@@ -23,8 +23,8 @@ def split(channel_fd: int, root: str) -> None:
   Args:
     channel_fd: the trainer's socket, which only the supervisor may hold: its
       closing tells the trainer that the supervisor is dead.
-    root: directory with the subdirectories `scratch.WORK` and `scratch.TRASH`; deleted at the
-      end.
+    root: directory with the subdirectories `scratch.WORK` and
+      `scratch.TRASH`; deleted at the end.
   """
   trainer = os.getppid()
   linux.adopt_orphans()

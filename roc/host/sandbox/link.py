@@ -152,7 +152,7 @@ class Link:
       return None
 
   def results(self, is_waiting: Callable[[], bool | None]) -> Iterator[dict]:
-    """Yields result messages until the supervisor is gone, or silent for too long.
+    """Yields results until the supervisor is gone, or silent for too long.
 
     Args:
       is_waiting: True while a result is due, so that silence means something;

@@ -100,9 +100,7 @@ def hold_capabilities(kept: int, on_exec: bool = False) -> None:
   _check_capability(_libc.capset(header, words), "capset")
   for number in range(inheritable.bit_length()):
     if inheritable >> number & 1:
-      raised = _libc.prctl(
-        _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0
-      )
+      raised = _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0)
       _check_capability(raised, "prctl(PR_CAP_AMBIENT)")
 
 

@@ -7,6 +7,7 @@ plan of the ladder that holds is the one that is enforced and reported.
 import dataclasses
 import os
 import platform
+import typing
 
 from roc.host.sandbox import landlock, linux, namespaces, seccomp
 
@@ -66,7 +67,9 @@ class Plan:
   @classmethod
   def from_json(cls, fields: dict) -> "Plan":
     """Returns the plan written by `to_json`."""
-    return cls(**{**fields, "read_paths": tuple(fields["read_paths"])})
+    values: dict[str, typing.Any] = {**fields}
+    values["read_paths"] = tuple(values["read_paths"])
+    return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,3 +190,19 @@ def describe(plan: Plan) -> dict:
     "reads_all": plan.reads_all,
     "machine": platform.machine(),
   }
+
+
+def missing(machine: Machine, without: tuple[str, ...]) -> str:
+  """Returns which parts the machine lacks or the caller switched off."""
+  lacks = [
+    name
+    for name, is_there in (
+      ("seccomp", machine.has_filter),
+      ("Landlock", machine.landlock_abi > 0),
+      ("clone(2) on this processor", machine.has_clone),
+    )
+    if not is_there
+  ]
+  parts = [f"no {name}" for name in lacks]
+  parts += [f"{name} is switched off" for name in without]
+  return ", ".join(parts) or "a part of it is missing"

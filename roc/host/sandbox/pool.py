@@ -1,28 +1,20 @@
-"""The trainer's side: a fair queue of calls, futures, a supervisor to spare.
+"""The sandbox as a trainer uses it: start it, submit programs, read results.
 
 `run` never raises for a program: whatever a program does comes back as a
 `ToolResult`. A fault of the sandbox itself is INFRA, after one more try.
 """
 
 import asyncio
-import concurrent.futures
-import contextlib
-import dataclasses
 import importlib.util
 import itertools
 import os
 import platform
 import sys
-import threading
-import time
-from collections.abc import Iterable
 
 from roc import layout
-from roc.host.sandbox import calls, contract, figures, link, routing
-from roc.host.sandbox import queue as queue_lib
+from roc.host.sandbox import calls, contract, dispatch, link, plan, routing
 
 _DEFAULT_LIMITS = contract.Limits()
-_RESTART_PAUSES_S = (0.0, 0.2, 1.0)
 
 
 class Sandbox:
@@ -73,6 +65,12 @@ class Sandbox:
     ):
       if value < 1:
         raise ValueError(f"Sandbox: {name} must be at least 1, found {value}")
+    unknown = [part for part in without if part not in plan.FEATURES]
+    if unknown:
+      raise ValueError(
+        f"Sandbox: there is no part {unknown[0]!r} to leave aside; there are"
+        f" {', '.join(plan.FEATURES)}"
+      )
     self._limits = limits
     self._tier = contract.tier_name(tier) if tier else None
     self._min_tier = contract.tier_name(min_tier)
@@ -81,8 +79,6 @@ class Sandbox:
         "Sandbox: tier 'external' is another class, ExternalSandbox"
       )
     self._seed = seed
-    self._queue_timeout_s = queue_timeout_s
-    self._start_timeout_s = start_timeout_s
     self._config = {
       "n_workers": n_workers,
       "n_sessions": max_sessions,
@@ -91,20 +87,13 @@ class Sandbox:
       "without": list(without),
       "read_paths": list(read_paths),
     }
-    self._lock = threading.Lock()
-    self._has_room = threading.Condition(self._lock)
     self._ids = itertools.count()
-    self._queue = queue_lib.FairQueue(queue_size)
-    self._sent: dict[int, calls.Call] = {}
-    self._busy: set[str] = set()  # sessions with a cell at the supervisor
-    self._used: set[str] = set()  # sessions that hold something
-    self._lost: set[str] = set()  # sessions that the sandbox lost
-    self._link: link.Link | None = None
-    self._pump: threading.Thread | None = None
-    self._is_closing = False
-    self._down_reason = ""
-    self._figures = figures.Figures()
-    self._restarts = 0
+    self._dispatcher = dispatch.Dispatcher(
+      lambda: link.Link.start(self._config, start_timeout_s),
+      n_workers,
+      queue_size,
+      queue_timeout_s,
+    )
 
   # ---------------------------------------------------------------- lifecycle
 
@@ -118,19 +107,17 @@ class Sandbox:
     """Starts the server and checks it with one call; returns self.
 
     Raises:
-      contract.SandboxError: not Linux, `min_tier` out of reach, or the server
-        cannot start.
+      contract.SandboxError: not Linux, `min_tier` out of reach, or no
+        supervisor can be started.
     """
-    if self._pump is not None:
+    if self._dispatcher.is_open:
       return self
     if not _is_linux():
       raise contract.SandboxError(
         f"the sandbox needs Linux, found {sys.platform}: run it in a Linux"
         " container or virtual machine"
       )
-    self._is_closing = False
-    self._down_reason = ""
-    self._link = self._new_link()
+    self._dispatcher.open()
     if contract.TIERS.index(self._min_tier) > contract.TIERS.index(self.tier):
       reached = self.tier
       self.close()
@@ -139,12 +126,8 @@ class Sandbox:
         f" {self._min_tier!r}: `python -m roc.main sandbox doctor` shows what"
         " is missing; or lower min_tier"
       )
-    self._pump = threading.Thread(
-      target=self._pump_results, name="roc-sandbox", daemon=True
-    )
-    self._pump.start()
     result = self.run("print(6 * 7)", limits=contract.Limits())
-    self._figures = figures.Figures()  # the first call is nobody's
+    self._dispatcher.reset_figures()  # the first call is nobody's
     if result.stdout != "42\n":
       self.close()
       raise contract.SandboxError(
@@ -154,20 +137,8 @@ class Sandbox:
     return self
 
   def close(self) -> None:
-    """Ends the server and every call; open futures become INFRA. Idempotent."""
-    with self._lock:
-      self._is_closing = True
-      pump, server = self._pump, self._link
-      open_calls = [*self._queue.take_all(), *self._sent.values()]
-      self._sent.clear()
-      self._forget_sessions()
-      self._has_room.notify_all()
-    self._fail(open_calls, "the sandbox was closed")
-    if server is not None:
-      server.close()
-    if pump is not None and pump is not threading.current_thread():
-      pump.join()
-    self._pump = self._link = None
+    """Ends all processes; open futures become INFRA. Idempotent."""
+    self._dispatcher.close()
 
   # -------------------------------------------------------------------- calls
 
@@ -206,19 +177,19 @@ class Sandbox:
     """
     call = self._new_call(code, stdin, tool, trajectory, call_index, limits)
     if not call.future.done():
-      self._enqueue(call, time.monotonic() + self._queue_timeout_s)
+      self._dispatcher.put(call)
     return call.future
 
   async def arun(self, code: str, **kw) -> contract.ToolResult:
     """`run` for asyncio; a task that is cancelled kills its program."""
     call = self._new_call(code, **_call_arguments(kw))
-    if not call.future.done() and not self._enqueue(call, 0.0, is_final=False):
-      deadline = time.monotonic() + self._queue_timeout_s
-      await asyncio.to_thread(self._enqueue, call, deadline)
+    put = self._dispatcher.put
+    if not call.future.done() and not put(call, 0.0, final=False):
+      await asyncio.to_thread(put, call)
     try:
       return await asyncio.wrap_future(call.future)
     except asyncio.CancelledError:
-      self._cancel_call(call)
+      self._dispatcher.cancel(call)
       raise
 
   def run(self, code: str, **kw) -> contract.ToolResult:
@@ -234,7 +205,7 @@ class Sandbox:
     call_index: int,
     limits: contract.Limits | None,
   ) -> calls.Call:
-    if self._pump is None or self._is_closing:
+    if not self._dispatcher.is_open:
       raise contract.SandboxError(
         "the sandbox is not running: use `with Sandbox() as box:` or start()"
       )
@@ -247,7 +218,7 @@ class Sandbox:
       next(self._ids), code, stdin, tool, trajectory, limits, seed
     )
     if why is not None:
-      self._resolve(
+      self._dispatcher.resolve(
         call.future,
         contract.ToolResult(
           layout.ToolStatus.REJECTED, stderr=why, tier=self.tier
@@ -255,33 +226,10 @@ class Sandbox:
       )
     return call
 
-  def _enqueue(
-    self, call: calls.Call, deadline: float, is_final: bool = True
-  ) -> bool:
-    """Queues a call when there is room; at the deadline, if final, fails it."""
-    refusal, cause = "", "sandbox"
-    with self._lock:
-      while self._queue.is_full and not self._is_closing:
-        left = deadline - time.monotonic()
-        if left <= 0 and not is_final:
-          return False
-        if left <= 0 or not self._has_room.wait(left):
-          refusal, cause = "the sandbox's queue stayed full", "queue"
-          break
-      if self._is_closing:
-        refusal = "the sandbox was closed"
-      elif call.session in self._lost:
-        refusal, cause = "the session was lost by the sandbox", "session"
-      refusal = refusal or self._down_reason
-      if not refusal:
-        self._queue.push(call)
-        self._dispatch()
-    if refusal:
-      self._fail([call], refusal, cause)
-    return True
-
   def cancel(self, future: calls.Future) -> bool:
     """Kills the call behind a future; its result becomes INFRA.
+
+    A session is then as it was before the cell.
 
     Args:
       future: one that `submit` returned.
@@ -289,60 +237,26 @@ class Sandbox:
     Returns:
       True when the call was queued or running, False when it was over.
     """
-    with self._lock:
-      found = _find([*self._queue, *self._sent.values()], future)
-    return found is not None and self._cancel_call(found)
-
-  def _cancel_call(self, call: calls.Call) -> bool:
-    with self._lock:
-      if call.id in self._sent:
-        call.is_cancelled = True
-        self._tell({"op": "cancel", "id": call.id})
-        return True
-      if call not in self._queue:
-        return False
-      self._queue.remove(call)
-      self._has_room.notify()
-    self._fail([call], "cancelled", "cancelled")
-    return True
+    found = self._dispatcher.find(future)
+    return found is not None and self._dispatcher.cancel(found)
 
   def end_trajectory(self, trajectory: contract.Trajectory) -> None:
     """Cancels what a trajectory has queued or running and ends its session.
 
     A rollout that is over calls it, so that its session's memory is free.
     """
-    name = calls.session_name(trajectory)
-    with self._lock:
-      queued = [c for c in self._queue if c.trajectory == trajectory]
-      for call in queued:
-        self._queue.remove(call)
-      running = [c for c in self._sent.values() if c.trajectory == trajectory]
-      for call in running:
-        call.is_cancelled = True
-        self._tell({"op": "cancel", "id": call.id})
-      if name in self._used or name in self._busy:
-        self._tell({"op": "end", "session": name})
-      self._used.discard(name)
-      self._lost.discard(name)
-      self._has_room.notify_all()
-    self._fail(queued, "cancelled", "cancelled")
-
-  def _tell(self, message: dict) -> None:
-    """Sends to the supervisor; one that is gone needs no telling."""
-    with contextlib.suppress(OSError):
-      if self._link is not None:
-        self._link.send(message)
+    self._dispatcher.end_trajectory(trajectory)
 
   # ------------------------------------------------------------------ figures
 
   @property
   def tier(self) -> str:
-    """Confinement that is enforced, one of `contract.TIERS`; "" before start."""
-    return self._plan.get("tier", "")
+    """Confinement that is enforced, of `contract.TIERS`; "" before start."""
+    return self._dispatcher.tier
 
   @property
-  def _plan(self) -> dict:
-    return self._link.facts["plan"] if self._link is not None else {}
+  def _link(self) -> link.Link | None:
+    return self._dispatcher.link
 
   def info(self) -> dict:
     """Returns what a run's record should say of its sandbox."""
@@ -350,7 +264,7 @@ class Sandbox:
     return {
       "tier": self.tier,
       "min_tier": self._min_tier,
-      "plan": self._plan,
+      "plan": facts.get("plan", {}),
       **facts.get("protection", {}),
       "tried": facts.get("tried", []),
       "n_workers": self._config["n_workers"],
@@ -368,163 +282,12 @@ class Sandbox:
     return self._link.pid if self._link is not None else None
 
   def stats(self) -> dict:
-    """Returns the counters since the start, see `figures.Figures.snapshot`.
-
-    Beside them `restarts`, `queued` and `running`.
-    """
-    with self._lock:
-      return {
-        **self._figures.snapshot(),
-        "restarts": self._restarts,
-        "queued": len(self._queue),
-        "running": len(self._sent),
-      }
-
-  # ----------------------------------------------------------------- internal
-
-  def _new_link(self) -> link.Link:
-    return link.Link.start(self._config, self._start_timeout_s)
-
-  def _dispatch(self) -> None:
-    """Sends what the supervisor may hold; the lock is held.
-
-    Twice the workers: the next call is there when a worker gets free, and a
-    dying supervisor takes few calls with it.
-    """
-    while self._link and len(self._sent) < 2 * self._config["n_workers"]:
-      call = self._queue.pop(self._busy)
-      if call is None:
-        return
-      self._has_room.notify()
-      is_first = call.retries == 0
-      if is_first and not call.future.set_running_or_notify_cancel():
-        continue
-      self._sent[call.id] = call
-      if call.session:
-        self._busy.add(call.session)
-      # A broken socket is seen, and the call sent again, by the pump.
-      self._tell(call.message)
-
-  def _pump_results(self) -> None:
-    """Thread: takes results; when the server dies, starts another one."""
-    server = self._link
-    while server is not None:
-      for message in server.results(self._is_waiting):
-        self._take(message)
-      if self._is_closing:
-        return
-      server.close()
-      server = self._restart()
-
-  def _is_waiting(self) -> bool | None:
-    """True while calls are out, None when the sandbox is being closed."""
-    with self._lock:
-      late = self._queue.take_late(self._queue_timeout_s)
-      self._has_room.notify_all()
-    self._fail(late, "the call waited too long in the queue", "queue")
-    return None if self._is_closing else bool(self._sent)
-
-  def _take(self, message: dict) -> None:
-    result = contract.ToolResult.from_fields(message["result"])
-    with self._lock:
-      call = self._sent.pop(message["id"], None)
-      if call is None:
-        return
-      self._busy.discard(call.session)
-      is_fault = result.status == layout.ToolStatus.INFRA
-      if is_fault and self._may_retry(call):
-        call.retries = 1
-        self._queue.push_first(call)
-        self._dispatch()
-        return
-      if call.session:
-        (self._lost if is_fault else self._used).add(call.session)
-      self._dispatch()
-    result = dataclasses.replace(result, tier=self.tier, retries=call.retries)
-    waited = (time.monotonic() - call.submitted) * 1e3 - result.wall_ms
-    self._resolve(call.future, result, waited)
-
-  def _may_retry(self, call: calls.Call) -> bool:
-    """Once, and a cell only where nothing before it can be missing."""
-    is_whole = call.session not in self._used
-    return call.retries == 0 and not call.is_cancelled and is_whole
-
-  def _forget_sessions(self) -> None:
-    """Notes that every session is gone with its supervisor."""
-    self._lost |= self._used
-    self._used.clear()
-    self._busy.clear()
-
-  def _restart(self) -> link.Link | None:
-    """Starts another supervisor; calls lost twice, and all if not, fail."""
-    with self._lock:
-      lost = list(self._sent.values())
-      self._sent.clear()
-      self._restarts += 1
-      again = [c for c in lost if self._may_retry(c)]
-      self._forget_sessions()
-      for call in reversed(again):
-        call.retries = 1
-        self._queue.push_first(call)
-      orphaned = [c for c in self._queue if c.session in self._lost]
-      for call in orphaned:
-        self._queue.remove(call)
-      self._link = None
-    gone = [c for c in lost if c not in again]
-    self._fail(gone, "the sandbox's supervisor died")
-    self._fail(orphaned, "the session was lost by the sandbox", "session")
-    reason = ""
-    for pause_s in _RESTART_PAUSES_S:
-      time.sleep(pause_s)
-      if self._is_closing:
-        return None
-      try:
-        server = self._new_link()
-      except contract.SandboxError as error:
-        reason = str(error)
-        continue
-      with self._lock:
-        if not self._is_closing:
-          self._link = server
-          self._dispatch()
-          return server
-      server.close()
-      return None
-    with self._lock:
-      self._down_reason = reason
-      left = self._queue.take_all()
-      self._has_room.notify_all()
-    self._fail(left, reason)
-    return None
-
-  def _fail(
-    self, failed: list[calls.Call], why: str, cause: str = "sandbox"
-  ) -> None:
-    for call in failed:
-      self._resolve(call.future, call.infra(why, self.tier, cause))
-
-  def _resolve(
-    self,
-    future: calls.Future,
-    result: contract.ToolResult,
-    waited_ms: float = 0.0,
-  ) -> None:
-    """Counts and delivers a result; never under the lock (callbacks run)."""
-    with self._lock:
-      self._figures.add(result, waited_ms)
-    # A future cancelled by its holder is done already.
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-      future.set_result(result)
+    """Returns the counters since the start, see `Dispatcher.stats`."""
+    return self._dispatcher.stats()
 
 
 def _is_linux() -> bool:
   return sys.platform.startswith("linux")
-
-
-def _find(
-  among: Iterable[calls.Call], future: calls.Future
-) -> calls.Call | None:
-  return next((call for call in among if call.future is future), None)
 
 
 def _call_arguments(given: dict) -> dict:
@@ -542,8 +305,13 @@ def _call_arguments(given: dict) -> dict:
 def _images(preload: tuple[str, ...]) -> dict[str, list[str]]:
   """Returns what each image is to hold, of what is installed."""
   found = {
-    name: [m for m in modules if importlib.util.find_spec(m) is not None]
+    name: [module for module in modules if _is_installed(module)]
     for name, modules in routing.IMAGES.items()
   }
   found = {n: m for n, m in found.items() if m or n == routing.BARE}
   return {**found, routing.BARE: list(preload)}
+
+
+def _is_installed(module: str) -> bool:
+  """Whether a module's package is there; nothing is imported to tell."""
+  return importlib.util.find_spec(module.partition(".")[0]) is not None

@@ -11,7 +11,7 @@ from the state before the cell: nothing is replayed, nothing else is lost.
 
 The fork happens while the model is reading, not while it waits. Cells can reach
 all of this; what they gain is to lose their own session. Messages to the
-supervisor (`hello`, `done`, `died STATUS CPU RSS`) carry the sender's pid by
+supervisor (`hello PID`, `done CODE`, `died STATUS CPU RSS`) carry the sender's pid by
 the kernel's word.
 """
 
@@ -20,6 +20,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -40,6 +41,8 @@ HELLO, DONE, DIED = b"hello", b"done", b"died"
 _MAX_MESSAGE = 1 << 16
 _fork = namespaces.clone
 _wait4 = os.wait4
+_getpid = os.getpid
+_get_state, _set_state = random.getstate, random.setstate
 _exit = os._exit
 _set_trace, _set_profile = sys.settrace, sys.setprofile
 _threads = threading.enumerate
@@ -55,13 +58,17 @@ def serve(
 ) -> typing.NoReturn:
   """Guards and runs, in turns, until the channel closes or nobody is left."""
   while True:
+    generator = _get_state()  # the fork's hooks would seed it anew
     pid = _fork()
     if pid == 0:
+      _set_state(generator)
       _run_next_cell(channel, main, reporter)
       # The cell is done: this process is the guardian of what it has become.
       continue
     blocked = _set_mask(signal.SIG_BLOCK, _ALL_SIGNALS)
-    _, status, usage = _wait4(pid, 0)
+    reaped = 0
+    while reaped != pid:  # cells leave children behind, which end too
+      reaped, status, usage = _wait4(-1, 0)
     _set_mask(signal.SIG_SETMASK, blocked)
     cpu_s = usage.ru_utime + usage.ru_stime
     channel.send(b"%s %d %f %d" % (DIED, status, cpu_s, usage.ru_maxrss))
@@ -70,22 +77,19 @@ def serve(
 def _run_next_cell(
   channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
 ) -> None:
-  channel.send(HELLO)
-  data, fds, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
-  if not data:
-    _exit(0)
-  cell = json.loads(data)
+  pid = _getpid()
+  channel.send(b"%s %d" % (HELLO, pid))
+  cell, fds = _receive(channel, pid)
   code, record = payload.read_code(fds[0]), payload.Record(fds[0])
   _renew_stdin(fds[1] if len(fds) > 1 else None)
   os.close(fds[0])
   report.show_source(cell["file"], code)
-  pid = os.getpid()
   end = script.execute(lambda: _run_cell(code, cell["file"], main), reporter)
   with contextlib.suppress(BaseException):
     _join_threads()
   with contextlib.suppress(BaseException):
     linux.flush_c_streams()
-  if os.getpid() != pid:  # a fork of the cell that fell through to here
+  if _getpid() != pid:  # a fork of the cell that fell through to here
     _exit(end.code)
   record.write(verdict.pack_record(end.ending, end.error_type))
   record.close()
@@ -95,6 +99,19 @@ def _run_next_cell(
     # Threads that go on would change the checkpoint under its guardian; a fork
     # leaves them behind. This process is killed from outside.
     linux.pause_forever()
+
+
+def _receive(channel: socket.socket, pid: int) -> tuple[dict, list[int]]:
+  """Waits for a cell; one that was meant for a runner now dead is dropped."""
+  while True:
+    data, fds, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 2)
+    if not data:
+      _exit(0)
+    cell = json.loads(data)
+    if cell["to"] == pid:
+      return cell, fds
+    for fd in fds:
+      os.close(fd)
 
 
 def _run_cell(code: str, file: str, main: types.ModuleType) -> None:

@@ -10,7 +10,7 @@ BARE = "bare"
 IMAGES: dict[str, tuple[str, ...]] = {
   BARE: (),
   "maths": ("numpy", "sympy", "scipy", "mpmath"),
-  "verify": ("math_verify",),
+  "verify": ("math_verify", "sympy.physics.units"),
 }
 # Loaded when they are first asked for, since most runs never do.
 LAZY = frozenset({"verify"})
@@ -23,7 +23,10 @@ _IMPORT = re.compile(
   re.VERBOSE,
 )
 _IMAGE_OF = {
-  module: image for image, modules in IMAGES.items() for module in modules
+  module: image
+  for image, modules in IMAGES.items()
+  for module in modules
+  if "." not in module
 }
 _RANK = {image: rank for rank, image in enumerate(IMAGES)}
 

@@ -5,9 +5,17 @@ import dataclasses
 import os
 import re
 import time
+from collections.abc import Callable
 
 from roc import layout
-from roc.host.sandbox import contract, linux, payload, verdict, watch
+from roc.host.sandbox import (
+  contract,
+  linux,
+  loop,
+  payload,
+  verdict,
+  watch,
+)
 
 _FIRST_LOOK_S = 0.01  # most calls are over before it: no pipe is ever polled
 _LOOK_S = 0.025
@@ -170,7 +178,6 @@ class Running:
   setup_failure: str = ""
   killed_for: layout.ToolStatus | None = None
   killed_cause: str = ""
-  wants_watching: bool = False
   is_ended: bool = False
   ended_at: float = 0.0
   wait_status: int = 0
@@ -178,9 +185,7 @@ class Running:
   max_rss_kb: int = 0
 
   @classmethod
-  def open(
-    cls, call_id: int, limits: contract.Limits, code: str
-  ) -> "Running":
+  def open(cls, call_id: int, limits: contract.Limits, code: str) -> "Running":
     """Makes the pipes and the job file of a call to be forked.
 
     Raises:
@@ -222,7 +227,6 @@ class Running:
   def find_excess(self, now: float) -> tuple[layout.ToolStatus, str] | None:
     """Returns the bound that the call has broken and its cause, or None."""
     limits = self.limits
-    self.wants_watching = True
     self.next_look = min(self.started + limits.wall_s, now + _LOOK_S)
     if now >= self.started + limits.wall_s:
       self.next_look = now + _LOOK_S
@@ -236,12 +240,41 @@ class Running:
     if len(pids) > limits.n_processes:
       return layout.ToolStatus.RESOURCE, "processes"
     total_kb = limits.total_memory_mb << 10
-    if len(pids) > 1 or limits.memory_mb >= limits.total_memory_mb:
-      if watch.memory_kb(pids, self.base_kb, total_kb) > total_kb:
-        return layout.ToolStatus.MEMORY, "total"
+    is_summed = len(pids) > 1 or limits.memory_mb >= limits.total_memory_mb
+    if is_summed and (watch.memory_kb(pids, self.base_kb, total_kb) > total_kb):
+      return layout.ToolStatus.MEMORY, "total"
     if now >= self.next_disk_look and self.is_over_disk():
       return layout.ToolStatus.RESOURCE, "disk"
     return None
+
+  def read_output(
+    self,
+    events: loop.Loop,
+    kill: Callable[[tuple[layout.ToolStatus, str]], None],
+  ) -> None:
+    """Has the loop read the output of a call that runs on.
+
+    A pipe holds what most calls say; those that say more, or wait, are read
+    while they run. `kill` is called when more comes than the cap keeps.
+    """
+    for name, stream in (("stdout", self.stdout), ("stderr", self.stderr)):
+      if stream.is_watched or stream.is_closed:
+        continue
+      stream.is_watched = True
+
+      def read(stream: Stream = stream, name: str = name) -> None:
+        if not stream.read():
+          events.unwatch(stream.read_fd)
+        if stream.is_over and not self.is_ended:
+          kill((layout.ToolStatus.OUTPUT_LIMIT, name))
+
+      events.watch(stream.read_fd, read)
+
+  def stop_reading(self, events: loop.Loop) -> None:
+    """Takes `read_output` back."""
+    for stream in (self.stdout, self.stderr):
+      if stream.is_watched:
+        events.unwatch(stream.read_fd)
 
   def is_over_disk(self) -> bool:
     """Whether its directory on disk holds too much."""

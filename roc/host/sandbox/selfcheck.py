@@ -50,7 +50,8 @@ got = {
   "opens sockets": tried(lambda: socket.socket()),
   "reads files": tried(lambda: open(targets["canary"]).read()),
   "writes files": tried(lambda: wrote(targets["canary"] + ".planted")),
-  "changes metadata": tried(lambda: os.utime(targets["canary"], (1, 1)) is None),
+  "changes metadata":
+    tried(lambda: os.utime(targets["canary"], (1, 1)) is None),
   "signals": tried(lambda: os.kill(targets["pid"], 0) is None),
   "makes namespaces": libc.unshare(0x10000000) == 0,
   "sees processes": os.getpid() > 64,
@@ -82,8 +83,8 @@ _SAFE_FROM = {
     "writing anywhere but the call's own directory",
   ],
   "isolated": [
-    "processes that outlive their call: the kernel ends them with it",
-    "seeing or signalling any process outside the call",
+    "processes that hide from the supervisor: the kernel ends all of a call",
+    "seeing any process outside the call",
     "filling the disk: the call's directory is memory of a fixed size",
   ],
 }
@@ -111,11 +112,14 @@ def targets(root: str) -> Iterator[dict]:
     }
 
 
-def message(call_id: int, targets: dict) -> dict:
+CALL_ID = -1
+
+
+def message(targets: dict) -> dict:
   """Returns the call that attacks `targets`."""
   return {
     "op": "call",
-    "id": call_id,
+    "id": CALL_ID,
     "tool": "python",
     "session": "",
     "code": PROGRAM,

@@ -47,11 +47,13 @@ class Session:
     guard: pid of the process that guards the state.
     runner: pid of the one that waits for a cell or runs it; 0 for none.
     runner_fd: pidfd of the runner.
+    runner_name: what the runner calls itself, its pid in its own namespace.
     base_kb: resident size of what it was forked from.
     cell: what runs.
     waiting: cells to come.
     n_cells: cells that were started.
     birth: number of its birth.
+    killed_at: when the running cell was first killed; 0.0 before.
     is_dead: it is over, and its rest is being cleaned up.
   """
 
@@ -67,6 +69,7 @@ class Session:
   guard: int = 0
   runner: int = 0
   runner_fd: int = -1
+  runner_name: int = 0
   base_kb: int = 0
   cell: running.Running | None = None
   waiting: collections.deque[Cell] = dataclasses.field(
@@ -74,6 +77,7 @@ class Session:
   )
   n_cells: int = 0
   birth: int = 0
+  killed_at: float = 0.0
   is_dead: bool = False
 
   @property
@@ -110,7 +114,7 @@ class Session:
       others=frozenset({self.guard, self.main_pid}),
     )
     try:
-      data = json.dumps({"file": file}).encode()
+      data = json.dumps({"file": file, "to": self.runner_name}).encode()
       socket.send_fds(self.channel, [data], fds)
     except OSError:
       made.close()
@@ -138,17 +142,18 @@ class Session:
         sender = _CREDENTIALS.unpack(content)[0]
     return data.split(), sender
 
-  def take_runner(self, pid: int) -> bool:
+  def take_runner(self, pid: int, name: int) -> bool:
     """Notes a process that says it waits for a cell; False for a false one."""
     parent = linux.parent(pid)
-    if self.cell is not None or not parent or self.is_dead:
+    is_busy = self.cell is not None and not self.cell.is_ended
+    if is_busy or not parent or self.is_dead:
       return False
     self.drop_runner()
     try:
       self.runner_fd = os.pidfd_open(pid)
     except OSError:
       return False
-    self.runner, self.guard = pid, parent
+    self.runner, self.runner_name, self.guard = pid, name, parent
     return True
 
   def drop_runner(self) -> None:

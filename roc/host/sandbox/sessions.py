@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from roc import layout
 from roc.host.sandbox import births as births_lib
-from roc.host.sandbox import contract, linux, routing, running, scratch
+from roc.host.sandbox import contract, linux, loop, routing, running, scratch
 from roc.host.sandbox import session as session_lib
 
-_PATIENCE_S = 2.0  # for a guardian to say that its runner is dead
+_PATIENCE_S = 0.5  # for a guardian to say what it must
 _SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
@@ -25,8 +25,7 @@ class Sessions:
     births: makes their processes.
     places: makes and discards directories on disk.
     at_most: live sessions; one more is answered INFRA.
-    watch: registers a descriptor with the loop.
-    unwatch: takes that back.
+    events: the supervisor's loop.
     orphans: gives the supervisor's own children with a tag.
     answer: delivers the result of a call.
   """
@@ -36,16 +35,14 @@ class Sessions:
     births: births_lib.Births,
     places: scratch.Places,
     at_most: int,
-    watch: Callable[[int, Callable[[], None]], None],
-    unwatch: Callable[[int], None],
+    events: loop.Loop,
     orphans: Callable[[int], list[int]],
     answer: Callable[[int, contract.ToolResult], None],
   ):
     self._births = births
     self._places = places
     self._at_most = at_most
-    self._watch = watch
-    self._unwatch = unwatch
+    self._events = events
     self._orphans = orphans
     self._answer = answer
     self._all: dict[str, session_lib.Session] = {}
@@ -70,10 +67,7 @@ class Sessions:
 
   def _refuse(self, call_id: int, why: str, cause: str = "session") -> None:
     self.n_running -= 1
-    self._answer(
-      call_id,
-      contract.ToolResult(layout.ToolStatus.INFRA, stderr=why, cause=cause),
-    )
+    self._answer(call_id, contract.infra(why, cause))
 
   def _open(self, message: dict) -> session_lib.Session | None:
     uid, tag = self._births.take_uid(), self._births.new_tag()
@@ -102,7 +96,7 @@ class Sessions:
       stderr.read_fd,
     )
     self._all[live.key] = live
-    self._watch(ours.fileno(), lambda: self._hear(live))
+    self._events.watch(ours.fileno(), lambda: self._hear(live))
     request = births_lib.request_for(
       "session", message["limits"], message["seed"], tag, place, uid
     )
@@ -116,9 +110,7 @@ class Sessions:
     )
     return live
 
-  def _opened(
-    self, live: session_lib.Session, born: births_lib.Born
-  ) -> None:
+  def _opened(self, live: session_lib.Session, born: births_lib.Born) -> None:
     live.main_pid, live.init_pid = born.pid, born.init_pid
     live.base_kb = born.base_kb
     if not born.pid:
@@ -143,10 +135,10 @@ class Sessions:
       return
     words, sender = heard
     cell = live.cell
-    if session_lib.is_word(words, session_lib.HELLO, 0):
-      if live.take_runner(sender):
+    if session_lib.is_word(words, session_lib.HELLO, 1):
+      if live.take_runner(sender, int(words[1])):
         self._settle(live)
-    elif cell is None:
+    elif cell is None or cell.is_ended:
       return
     elif (
       session_lib.is_word(words, session_lib.DONE, 1) and sender == live.runner
@@ -162,23 +154,26 @@ class Sessions:
       session_lib.is_word(words, session_lib.DIED, 3) and sender == live.guard
     ):
       cell.ended(int(words[1]), float(words[2]), int(words[3]))
-      live.drop_runner()
-      self._settle(live)
-      self._finish(live)
+      cell.next_look = cell.ended_at + _PATIENCE_S
+      live.drop_runner()  # the result waits for hello: see `_settle`
 
   def _settle(self, live: session_lib.Session) -> None:
-    """Kills what is neither guardian nor runner, then feeds the runner."""
+    """Kills what is neither guardian nor runner, then feeds the runner.
+
+    Only now is it known which processes these are. Where a runner died, the
+    cell is over only when what it left behind is dead.
+    """
     for pid in live.strays(self._orphans):
       linux.kill_marked(pid)
+    if live.cell is not None:
+      self._finish(live)
     self._feed(live)
 
   def _finish(self, live: session_lib.Session, note: str = "") -> None:
     cell = live.cell
     assert cell is not None
-    live.cell = None
-    for stream in (cell.stdout, cell.stderr):
-      if stream.is_watched:
-        self._unwatch(stream.read_fd)
+    live.cell, live.killed_at = None, 0.0
+    cell.stop_reading(self._events)
     if cell.killed_for is None and cell.is_over_disk():
       cell.book(layout.ToolStatus.RESOURCE, "disk")
     result = cell.result()
@@ -188,31 +183,47 @@ class Sessions:
 
   # ----------------------------------------------------------------- watching
 
-  def running_cells(self) -> list[tuple[session_lib.Session, running.Running]]:
-    """Returns the cells that run, with their sessions."""
-    return [(s, s.cell) for s in self._all.values() if s.cell is not None]
+  def next_look(self) -> float:
+    """Returns when `look` is due, on the monotonic clock."""
+    due = [s.cell.next_look for s in self._all.values() if s.cell is not None]
+    return min(due, default=float("inf"))
 
-  def kill_cell(
-    self,
-    live: session_lib.Session,
-    why: layout.ToolStatus,
-    cause: str,
+  def look(self, now: float) -> None:
+    """Holds cells to their limits and finishes off what is dead."""
+    for live in list(self._all.values()):
+      cell = live.cell
+      if cell is None or now < cell.next_look:
+        continue
+      if cell.is_ended:  # and no runner has said hello since
+        self._lose(live)
+        continue
+      kill = lambda why, s=live: self._kill_cell(s, *why)
+      excess = cell.find_excess(now)
+      if excess is not None:
+        kill(excess)
+      if live.cell is cell:
+        cell.read_output(self._events, kill)
+    self._clean_up()
+
+  def _kill_cell(
+    self, live: session_lib.Session, why: layout.ToolStatus, cause: str
   ) -> None:
     """Ends the running cell; its session falls back to the state before it."""
     cell = live.cell
-    assert cell is not None
+    if cell is None:
+      return
     cell.book(why, cause)
     live.kill_runner()
-    if not cell.ended_at:
-      cell.ended_at = time.monotonic()
-    elif time.monotonic() > cell.ended_at + _PATIENCE_S:
-      self._lose(live)  # nobody there to say that it is dead
+    if not live.killed_at:
+      live.killed_at = time.monotonic()
+    elif time.monotonic() > live.killed_at + _PATIENCE_S:
+      self._lose(live)  # nobody is there to say that it is dead
 
   def cancel(self, call_id: int) -> bool:
     """Ends the cell of that number, running or waiting."""
     for live in self._all.values():
       if live.cell is not None and live.cell.id == call_id:
-        self.kill_cell(live, layout.ToolStatus.INFRA, "cancelled")
+        self._kill_cell(live, layout.ToolStatus.INFRA, "cancelled")
         return True
       for cell in live.waiting:
         if cell.message["id"] == call_id:
@@ -242,7 +253,7 @@ class Sessions:
       return
     live.is_dead = True
     self._all.pop(live.key, None)
-    self._unwatch(live.channel.fileno())
+    self._events.unwatch(live.channel.fileno())
     if live.cell is not None:
       if not live.cell.is_ended:
         live.cell.ended(9, linux.cpu_seconds(live.runner), 0)
@@ -268,8 +279,7 @@ class Sessions:
         return True
     return False
 
-  def clean_up(self) -> None:
-    """Finishes off dead sessions; call it once in every turn of the loop."""
+  def _clean_up(self) -> None:
     for live in list(self._dying):
       strays = live.strays(self._orphans)
       for pid in (*strays, live.guard, live.runner):

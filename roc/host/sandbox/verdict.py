@@ -1,10 +1,10 @@
-"""Whose fault was it? One status from what the supervisor saw and the child said.
+"""Whose fault was it? One status from what was seen and what the child said.
 
-What the supervisor itself saw (its own kill, the wait status, bytes past the cap)
-always wins. What the child wrote about itself decides only between the ways in
-which a program can end by itself, and can never yield INFRA, the one status
-that would spare the model: a program that forges its record gains nothing over
-one that catches its own exception.
+What the supervisor itself saw (its own kill, the wait status, bytes past the
+cap) always wins. What the child wrote about itself decides only between the
+ways in which a program can end by itself, and can never yield INFRA, the one
+status that would spare the model: a program that forges its record gains
+nothing over one that catches its own exception.
 """
 
 import dataclasses
@@ -92,17 +92,15 @@ def judge(evidence: Evidence) -> Verdict:
     evidence: what the supervisor gathered.
 
   Returns:
-    The verdict. INFRA only for a failed setup or a kill that the supervisor booked
-    as INFRA (a cancelled call); never by anything the program did.
+    The verdict. INFRA only for a failed setup or a kill that was booked so (a
+    cancelled call); never by anything the program did.
   """
   status = evidence.wait_status
   number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
   code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
   told, error_type = _read_record(evidence.record)
   if evidence.setup_failure:
-    return Verdict(
-      layout.ToolStatus.INFRA, "", code, number, cause="sandbox"
-    )
+    return Verdict(layout.ToolStatus.INFRA, "", code, number, cause="sandbox")
   if evidence.killed_for is not None:
     cause = evidence.killed_cause
     return Verdict(evidence.killed_for, "", code, number, cause=cause)

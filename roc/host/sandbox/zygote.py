@@ -121,7 +121,9 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 def _fork_on_request(
   sock: socket.socket, context: child.Context
 ) -> Next | None:
-  births = namespaces.PidNamespaces() if context.confinement.plan.namespaces else None
+  births = (
+    namespaces.PidNamespaces() if context.confinement.plan.namespaces else None
+  )
   while True:
     data, fds = _receive(sock)
     if not data:

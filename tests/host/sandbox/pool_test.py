@@ -101,8 +101,10 @@ def test_everything_dies_with_a_killed_trainer(tools):
         box = sandbox.Sandbox(n_workers=2).start()
         daemon = ("import os, time\\nif os.fork() == 0:\\n  os.setsid()\\n"
                   "time.sleep(60)")
-        for _ in range(2): box.submit(daemon, limits=sandbox.Limits(wall_s=99))
-        print(box.supervisor_pid, box._link.keeper_pid, box._link._root, flush=True)
+        limits = sandbox.Limits(wall_s=99)
+        for _ in range(2): box.submit(daemon, limits=limits)
+        link = box._link
+        print(link.pid, link.keeper_pid, link._root, flush=True)
         time.sleep(99)
       """),
     ],
@@ -227,7 +229,9 @@ def test_the_server_of_a_jax_process_inherits_nothing_of_it(box):
     with open(f"/proc/{fresh.supervisor_pid}/maps") as f:
       maps = f.read()
     fds = os.listdir(f"/proc/{fresh.supervisor_pid}/fd")
-    targets = {os.readlink(f"/proc/{fresh.supervisor_pid}/fd/{fd}") for fd in fds}
+    targets = {
+      os.readlink(f"/proc/{fresh.supervisor_pid}/fd/{fd}") for fd in fds
+    }
   assert "jaxlib" not in maps and "libtpu" not in maps
   kinds = {t.split(":")[0] for t in targets}
   own = {t for t in targets if t.endswith(("(deleted)", "/children"))}
