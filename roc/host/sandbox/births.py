@@ -1,7 +1,6 @@
 """How a call or a session comes to life: ids, a pid namespace, a fork.
 
-With namespaces a birth takes two requests, to the small image for process 1 of
-the new pid namespace and to the fitting image for the main process in it.
+A birth that finds no zygote ready waits for one; its clock has not started.
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import typing
 from collections.abc import Callable
 
 from roc.host.sandbox import fleet as fleet_lib
-from roc.host.sandbox import linux, routing
+from roc.host.sandbox import linux
 from roc.host.sandbox import plan as plan_lib
 
 
@@ -35,7 +34,7 @@ class Births:
   """Gives out tags and user ids, and asks zygotes for processes."""
 
   def __init__(self, fleet: fleet_lib.Fleet):
-    self._fleet = fleet
+    self.fleet = fleet
     self._next_tag = linux.first_tag()
     self._free_uids: list[int] = []
     self._number = 0
@@ -46,8 +45,8 @@ class Births:
   @property
   def plan(self) -> plan_lib.Plan:
     """The plan in force."""
-    assert self._fleet.plan is not None
-    return self._fleet.plan
+    assert self.fleet.plan is not None
+    return self.fleet.plan
 
   def open_uids(self) -> None:
     """Sets the user ids of the plan in force aside."""
@@ -115,7 +114,7 @@ class Births:
 
 
 class _Birth:
-  """The steps of one birth."""
+  """One birth, on its way."""
 
   def __init__(
     self,
@@ -132,44 +131,31 @@ class _Birth:
     self._request = request
     self._fds = fds
     self._then = then
-    self._init_pid = 0
     self._base_kb = 0
 
   def go_on(self) -> None:
-    births, fleet = self._births, self._births._fleet
-    needs_init = bool(births.plan.namespaces) and not self._init_pid
-    image = routing.BARE if needs_init else fleet.best_image(self._image)
+    """Asks a zygote, or waits for one."""
+    fleet = self._births.fleet
+    image = fleet.best_image(self._image)
     if fleet.images[image].failure:
       self._end(Born(why_not=fleet.images[image].failure))
       return
     zygote = fleet.pick(image)
     if zygote is None:
       fleet.when_ready(image, self.go_on)
-    elif needs_init:
-      request = {"op": "init", "tag": self._request["tag"]}
-      zygote.ask(self._number, request, [], self._got_init)
-    else:
-      self._base_kb = zygote.base_kb
-      request = {**self._request, "op": "fork", "init": self._init_pid}
-      zygote.ask(self._number, request, self._fds, self._got_main)
-
-  def _got_init(self, pid: int, why_not: str) -> None:
-    if not pid:
-      self._end(Born(why_not=why_not))
       return
-    self._init_pid = pid
-    self._births.inits.add(pid)
-    self.go_on()
+    self._base_kb = zygote.base_kb
+    zygote.ask(self._number, self._request, self._fds, self._got)
 
-  def _got_main(self, pid: int, why_not: str) -> None:
-    self._end(Born(pid, self._init_pid, self._base_kb, why_not))
+  def _got(self, pid: int, init_pid: int, why_not: str) -> None:
+    if init_pid:
+      self._births.inits.add(init_pid)
+    self._end(Born(pid, init_pid, self._base_kb, why_not))
 
   def _end(self, born: Born) -> None:
     for fd in self._fds:
       os.close(fd)
     self._births.n_open -= 1
-    if not born.pid:
-      self._births.end_init(self._init_pid)
     self._then(born)
 
 

@@ -23,18 +23,6 @@ def _stand_up_packages() -> None:
     sys.modules[name] = package
 
 
-def _hold_back_fork_hooks() -> list[dict]:
-  """Collects what modules want done at a fork, instead of having it done.
-
-  `threading` and `random` renew themselves after a fork. A process with one
-  thread that reseeds anyway needs neither, and each copies a hundred pages in
-  every child; so they are registered in the child, for the program's own forks.
-  """
-  held: list[dict] = []
-  os.register_at_fork = lambda **hooks: held.append(hooks)
-  return held
-
-
 def main(argv: list[str]) -> None:
   """Starts keeper and supervisor; in what is forked later, runs its job.
 
@@ -42,9 +30,10 @@ def main(argv: list[str]) -> None:
   and returns nothing where it is over; see `zygote`.
   """
   _stand_up_packages()
-  register = os.register_at_fork
-  hooks = _hold_back_fork_hooks()
-  from roc.host.sandbox import child, keeper, supervisor
+  from roc.host.sandbox import hooks
+
+  hooks.hold_back()
+  from roc.host.sandbox import keeper, supervisor
 
   # A trainer with many files open hands over a high number: take a low one,
   # so that a small limit on descriptors is enough.
@@ -53,10 +42,6 @@ def main(argv: list[str]) -> None:
   keeper.split(channel_fd, root)  # the parent stays in there to its end
   go = supervisor.serve(channel_fd, root)
   while go is not None:
-    if child.is_program(go):
-      os.register_at_fork = register
-      for held in hooks:
-        register(**held)
     go = go()
 
 

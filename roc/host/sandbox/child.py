@@ -7,18 +7,20 @@ the plain exit code, which the supervisor reads anyway.
 """
 
 import dataclasses
+import functools
 import importlib.machinery
 import os
 import random
 import resource
+import signal
 import socket
 import sys
+import types
 import typing
 from collections.abc import Callable
 
 from roc.host.sandbox import (
   confine,
-  contract,
   linux,
   payload,
   repl,
@@ -29,14 +31,21 @@ from roc.host.sandbox import (
 # Bound now: the program may replace the originals.
 _exit = os._exit
 CHANNEL_FD = 3  # of a session; a script has the three standard ones alone
-_HEADROOM_BYTES = 32 << 20  # for the report of a program that ran out of memory
 _OWN_TASKS = 48  # threads that a call may have beside its processes
 _SPARE_TASKS = 1024  # the same where the kernel counts the whole user
+_KINDS = (
+  resource.RLIMIT_CORE,
+  resource.RLIMIT_CPU,
+  resource.RLIMIT_FSIZE,
+  resource.RLIMIT_NOFILE,
+  resource.RLIMIT_NPROC,
+  resource.RLIMIT_AS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """What a zygote knows and hands to each of its children.
+  """What a zygote prepares for all of its children.
 
   Attributes:
     sock: to the supervisor, for a child that cannot be prepared.
@@ -44,7 +53,9 @@ class Context:
     supervisor: process id of the children's parent.
     n_tasks: tasks of this user when the sandbox started.
     base_bytes: address space before a program adds to it.
-    library_dirs: paths that a traceback must not show.
+    ceilings: hard resource limits of the zygote, by kind.
+    reporter: writes tracebacks.
+    main: the module that programs run in.
   """
 
   sock: socket.socket
@@ -52,7 +63,39 @@ class Context:
   supervisor: int
   n_tasks: int
   base_bytes: int
-  library_dirs: list[str]
+  ceilings: dict[int, int]
+  reporter: report.Reporter
+  main: types.ModuleType
+
+  @classmethod
+  def prepare(
+    cls,
+    sock: socket.socket,
+    confinement: confine.Confinement,
+    setup: dict,
+    base_bytes: int,
+  ) -> "Context":
+    """Does in a zygote what does not depend on the call.
+
+    A child copies each page that it changes, so whatever is done here once
+    makes every call cheaper.
+    """
+    reporter = report.Reporter(setup["library_dirs"])
+    reporter.install()
+    sys.argv = [report.TOOL_FILE]
+    sys.path.insert(0, "")
+    if confinement.box:
+      _live_in(confinement.box, reporter)
+    return cls(
+      sock=sock,
+      confinement=confinement,
+      supervisor=setup["supervisor"],
+      n_tasks=setup["n_tasks"],
+      base_bytes=base_bytes,
+      ceilings={kind: resource.getrlimit(kind)[1] for kind in _KINDS},
+      reporter=reporter,
+      main=script.main_module(),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +112,6 @@ class Job:
   context: Context
   request: dict
   fds: list[int]
-
-
-def is_program(go: Callable) -> bool:
-  """Whether `go` will run a program, and not fork on for the sandbox."""
-  return getattr(go, "func", None) is run
 
 
 def run(job: Job) -> typing.NoReturn:
@@ -98,67 +136,68 @@ def _prepare(job: Job) -> Callable[[], int]:
   When it returns, no descriptor but the call's own is open: from then on
   nobody can claim that the preparation failed.
   """
-  request, context = job.request, job.context
-  limits = contract.Limits.from_json(request["limits"])
+  request, context, reporter = job.request, job.context, job.context.reporter
+  limits, uid = request["limits"], request["uid"]
   os.setsid()
   linux.die_with_parent()
   # In a pid namespace of its own the parent is out of sight, and 0.
   if os.getppid() not in (0, context.supervisor):
     raise OSError("the supervisor died while it forked")
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
   scratch = context.confinement.enter_scratch(
-    request["scratch"], limits.disk_mb << 20, limits.n_entries, request["uid"]
+    request["scratch"], limits["disk_mb"] << 20, limits["n_entries"], uid
   )
+  if not context.confinement.box:
+    _live_in(scratch, reporter)
   linux.set_tag(request["tag"])
-  os.environ["HOME"] = os.environ["TMPDIR"] = scratch
-  sys.argv = [report.TOOL_FILE]
-  sys.path.insert(0, "")
-  reporter = report.Reporter(scratch, context.library_dirs)
-  reporter.install()
   reseed(request["seed"])
   stdout, stderr, *others = job.fds
   os.dup2(stdout, 1)
   os.dup2(stderr, 2)
-  main = script.main_module()
+  go: Callable[[], int]
   if request["tool"] == "session":
     channel = socket.socket(fileno=os.dup2(others[0], CHANNEL_FD, False))
-    go: Callable[[], int] = lambda: repl.serve(channel, main, reporter)
+    # No frame of its own, so that a cell is as deep in the stack as a script.
+    go = functools.partial(repl.serve, channel, context.main, reporter)
     first_closed = CHANNEL_FD + 1
   else:
     code, record = payload.read_code(others[0]), payload.Record(others[0])
     if len(others) > 1:
       os.dup2(others[1], 0)
     report.show_source(report.TOOL_FILE, code)
-    go = lambda: script.run(code, main, record, reporter)
+    go = lambda: script.run(code, context.main, record, reporter)
     first_closed = 3
   context.confinement.lock(
-    scratch,
-    request["uid"],
-    lambda: _set_limits(limits, context, request["uid"] is not None),
+    scratch, uid, lambda: _set_limits(limits, context, uid is not None)
   )
-  os.closerange(first_closed, os.sysconf("SC_OPEN_MAX"))
+  os.closerange(first_closed, context.ceilings[resource.RLIMIT_NOFILE])
   return go
 
 
-def _set_limits(
-  limits: contract.Limits, context: Context, has_own_uid: bool
-) -> None:
-  space = context.base_bytes + (limits.memory_mb << 20)
-  cpu = -int(-limits.cpu_s // 1)
-  n_bytes = limits.file_mb << 20
+def _live_in(scratch: str, reporter: report.Reporter) -> None:
+  os.environ["HOME"] = os.environ["TMPDIR"] = scratch
+  reporter.hide(scratch)
+
+
+def _set_limits(limits: dict, context: Context, has_own_uid: bool) -> None:
+  """Sets resource limits; `limits` has the fields of `contract.Limits`."""
+  space = context.base_bytes + (limits["memory_mb"] << 20)
+  cpu = -int(-limits["cpu_s"] // 1)
+  n_bytes = limits["file_mb"] << 20
   # The kernel counts every task of the user: threads too, the trainer's too if
   # the user is the same, and nothing at all for uid 0. The exact bound is the
   # supervisor's count; this one stops a bomb between two of its looks.
-  n_tasks = limits.n_processes
+  n_tasks = limits["n_processes"]
   n_tasks += _OWN_TASKS if has_own_uid else context.n_tasks + _SPARE_TASKS
   for kind, soft, hard in (
     (resource.RLIMIT_CORE, 0, 0),
     (resource.RLIMIT_CPU, cpu, cpu + 1),
     (resource.RLIMIT_FSIZE, n_bytes, n_bytes),
-    (resource.RLIMIT_NOFILE, limits.n_files, limits.n_files),
+    (resource.RLIMIT_NOFILE, limits["n_files"], limits["n_files"]),
     (resource.RLIMIT_NPROC, n_tasks, n_tasks),
-    (resource.RLIMIT_AS, space, space + _HEADROOM_BYTES),
+    (resource.RLIMIT_AS, space, space + script.HEADROOM_BYTES),
   ):
-    ceiling = resource.getrlimit(kind)[1]
+    ceiling = context.ceilings[kind]
     if ceiling != resource.RLIM_INFINITY:
       soft, hard = min(soft, ceiling), min(hard, ceiling)
     resource.setrlimit(kind, (soft, hard))

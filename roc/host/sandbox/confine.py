@@ -7,8 +7,7 @@ denies what the steps before it call.
 
 import contextlib
 import os
-import signal
-import typing
+import sys
 from collections.abc import Callable
 
 from roc.host.sandbox import landlock, linux, namespaces, seccomp
@@ -43,7 +42,7 @@ class Confinement:
     ask_for_maps: Callable[[], None],
   ):
     self.plan = plan
-    self._box = os.path.join(root, BOX)
+    self.box = os.path.join(root, BOX) if plan.namespaces else ""
     self._has_safe_mounts = False
     if plan.namespaces:
       self._enter_namespaces(ask_for_maps)
@@ -54,7 +53,9 @@ class Confinement:
         landlock_abi=plan.landlock_abi,
       )
     if plan.landlock_abi:
-      dirs = [d for d in library_dirs if d]
+      # A virtual environment's interpreter finds its modules by this file.
+      folder = os.path.dirname(os.path.dirname(sys.executable))
+      dirs = [os.path.join(folder, "pyvenv.cfg"), *filter(None, library_dirs)]
       self._rules = landlock.Ruleset.prepare(
         [*landlock.default_read_paths(dirs), *plan.read_paths],
         landlock.default_device_paths(),
@@ -91,8 +92,8 @@ class Confinement:
     """
     if self.plan.namespaces:
       namespaces.unshare(namespaces.NEWNS)
-      namespaces.mount_tmpfs(self._box, n_bytes, n_entries, uid)
-      scratch = self._box
+      namespaces.mount_tmpfs(self.box, n_bytes, n_entries, uid)
+      scratch = self.box
     os.chdir(scratch)
     return scratch
 
@@ -120,17 +121,3 @@ class Confinement:
     apply()
     if self._filter is not None:
       self._filter.install()
-
-
-def be_first_process(tag: int) -> typing.NoReturn:
-  """What process 1 of a pid namespace does: nothing, until it is killed.
-
-  Programs must not be it, for it cannot be killed by a signal of its own and
-  inherits every orphan. Ignoring SIGCHLD lets the kernel reap these.
-  """
-  os.setsid()
-  linux.die_with_parent()
-  linux.set_tag(tag)
-  signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-  os.closerange(0, os.sysconf("SC_OPEN_MAX"))
-  linux.pause_forever()

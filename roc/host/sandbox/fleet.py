@@ -17,9 +17,11 @@ from roc.host.sandbox import linux, loop, namespaces, routing, zygote
 from roc.host.sandbox import plan as plan_lib
 
 _REPLY_BYTES = 1 << 12
+_MAX_FAILURES = 100  # in a row
 
-# Called with the pid of what was forked, or with why nothing was.
-OnForked = Callable[[int, str], None]
+# Called with the pid of what was forked, process 1 of its pid namespace (0 for
+# none), and why there is nothing, if so.
+OnForked = Callable[[int, int, str], None]
 
 
 class Zygote:
@@ -32,6 +34,7 @@ class Zygote:
     self.is_ready = False
     self.failure = ""
     self.base_kb = 0  # its resident size, when it was ready
+    self.spare = 0  # process 1 of the pid namespace that it has ready
     self.asked: dict[int, OnForked] = {}
 
   def ask(
@@ -44,13 +47,13 @@ class Zygote:
       socket.send_fds(self.sock, [data], fds)
     except OSError as error:
       del self.asked[number]
-      then(0, f"a zygote does not take requests: {error.strerror}")
+      then(0, 0, f"a zygote does not take requests: {error.strerror}")
 
   def fail(self, why: str) -> None:
     """Answers everything that was asked of a zygote that is gone."""
     asked, self.asked = self.asked, {}
     for then in asked.values():
-      then(0, why)
+      then(0, 0, why)
 
 
 class Image:
@@ -65,6 +68,7 @@ class Image:
     self.failure = ""
     self.zygotes: list[Zygote] = []
     self.waiting: collections.deque[Callable[[], None]] = collections.deque()
+    self.n_failed = 0  # zygotes in a row that died before they were ready
     self.unnamed: collections.deque[Zygote] = collections.deque()
 
 
@@ -194,8 +198,9 @@ class Fleet:
       return
     if made.is_ready and data:
       self._take_answer(made, data)
-    elif data == zygote.CONFINED:
-      made.is_ready = True
+    elif data.startswith(zygote.CONFINED):
+      made.is_ready, image.n_failed = True, 0
+      made.spare = int(data.split()[1])
       made.base_kb = linux.resident_kb(self._pid_of(made))
       self._release_waiting(image)
     elif data == zygote.MAP_IDS:
@@ -210,12 +215,13 @@ class Fleet:
       number, _, why = data[1:].decode("utf-8", "replace").partition(" ")
       self._on_setup_failure(int(number), why)
       return
-    number, pid = map(int, data.split())
+    number, pid, init_pid, made.spare = map(int, data.split())
     then = made.asked.pop(number)
     if pid < 0:
-      then(0, f"no process could be started: {os.strerror(-pid)}")
+      linux.kill_marked(init_pid)
+      then(0, 0, f"no process could be started: {os.strerror(-pid)}")
     else:
-      then(pid, "")
+      then(pid, init_pid, "")
 
   def _map_ids(self, made: Zygote, plan: plan_lib.Plan) -> None:
     if plan.first_uid is None:
@@ -247,15 +253,20 @@ class Fleet:
     image = self.images[made.image]
     if made not in image.zygotes:
       return
-    was_ready = made.is_ready
     image.zygotes.remove(made)
     self._events.unwatch(made.sock.fileno())
     made.sock.close()
-    if made.pid:
-      linux.kill_quietly(made.pid)
+    for pid in (made.pid, made.spare):
+      if pid:
+        linux.kill_quietly(pid)
     made.fail("the zygote died")
-    if was_ready and self.plan is not None:
-      self.add_zygotes(image)
+    if self.plan is None:
+      return
+    image.n_failed += not made.is_ready
+    if image.n_failed > _MAX_FAILURES:
+      image.failure = made.failure or "its zygotes die before they are ready"
+      self._release_waiting(image)
+    self.add_zygotes(image)
 
   def pick(self, name: str) -> Zygote | None:
     """Returns the zygote of an image that has least to do.
@@ -287,9 +298,23 @@ class Fleet:
       z.pid for i in images for z in i.zygotes if z.pid
     }
 
-  def has_lost_template(self, pid: int) -> bool:
-    """Whether `pid`, just reaped, was a template: then nothing can go on."""
-    return any(pid == image.pid for image in self.images.values())
+  def reaped(self, pid: int) -> bool:
+    """Replaces a zygote that died; False where `pid` was none.
+
+    What it forked holds copies of its socket, whose end says nothing.
+
+    Raises:
+      EOFError: it was a template: only a new supervisor can make new ones.
+    """
+    for image in self.images.values():
+      if pid == image.pid:
+        raise EOFError("a template died")
+      for made in image.zygotes:
+        if pid == made.pid:
+          made.pid = 0
+          self.drop(made)
+          return True
+    return False
 
 
 def _load_when_told(

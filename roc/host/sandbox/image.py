@@ -1,4 +1,4 @@
-"""What every child starts with: the image that the server loads and freezes."""
+"""What every child starts with: the image that a template loads and freezes."""
 
 import atexit
 import gc
@@ -8,6 +8,8 @@ import os
 import site
 import sys
 import typing
+
+from roc.host.sandbox import linux
 
 # What programs of this kind import: forked warm, they cost nothing.
 PRELOAD = (
@@ -51,12 +53,13 @@ def load(site_dirs: list[str], preload: list[str]) -> None:
 
 def freeze() -> None:
   """Last step before serving: children share what is loaded now."""
-  atexit._clear()  # a child runs its own handlers, not the server's
+  atexit._clear()  # a child runs its own handlers, not ours
   # Programs do not see the sandbox's own modules by importing them.
   for name in [n for n in sys.modules if n.split(".")[0] == "roc"]:
     del sys.modules[name]
   gc.collect()
   gc.freeze()
+  linux.collapse_memory()
 
 
 def library_dirs() -> list[str]:

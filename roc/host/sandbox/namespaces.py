@@ -1,4 +1,4 @@
-"""Namespaces by raw system calls: fork into them, join them, mount in them.
+"""Namespaces and forks by raw system calls, and mounts in a namespace.
 
 `os.unshare` and `os.setns` came with Python 3.12, and a fork whose child is the
 caller's sibling, or the first process of a pid namespace, never did.
@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import signal
+import socket
 
 NEWNS = 0x00020000
 NEWUTS = 0x04000000
@@ -19,6 +20,7 @@ SIBLING = 0x00008000  # CLONE_PARENT: the child's parent is the caller's
 
 _CLONE_CHILD_CLEARTID = 0x00200000
 _CLONE_CHILD_SETTID = 0x01000000
+_PR_SET_PDEATHSIG = 1
 _PR_GET_TID_ADDRESS = 40
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -28,11 +30,22 @@ _SYS_MOUNT_SETATTR = 442
 # clone(2)'s number, and whether the thread pointer comes before the child's id.
 _CLONE = {"x86_64": (56, False), "aarch64": (220, True)}
 
+_CLONE_VM = 0x00000100
+_STACK_BYTES = 1 << 14
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _python = ctypes.PyDLL(None, use_errno=True)  # calls keep the interpreter lock
 _syscall = _python.syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = [ctypes.c_long] * 6
+_python.clone.argtypes = [
+  ctypes.c_void_p,
+  ctypes.c_void_p,
+  ctypes.c_int,
+  ctypes.c_void_p,
+]
+_pause = ctypes.cast(_libc.pause, ctypes.c_void_p).value
+_stack = ctypes.create_string_buffer(_STACK_BYTES)
 
 
 def _check(returned: int, what: str) -> int:
@@ -47,21 +60,31 @@ def is_supported() -> bool:
   return platform.machine() in _CLONE
 
 
-def _tid_address() -> int:
-  """Where the C library keeps the thread's id, for the kernel to renew it."""
-  address = ctypes.c_ulong(0)
-  got = _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(address), 0, 0, 0)
-  return address.value if got == 0 else 0
+def _clone_arguments() -> tuple[int, int, tuple[int, int]]:
+  """Number, flags and last arguments of clone(2), as fork(2) would have them.
+
+  The kernel is told where the C library keeps the thread's id, to renew it.
+  """
+  number, is_tls_first = _CLONE[platform.machine()]
+  tid = ctypes.c_ulong(0)
+  if _libc.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(tid), 0, 0, 0) != 0:
+    return number, int(signal.SIGCHLD), (0, 0)
+  flags = signal.SIGCHLD | _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+  last = (0, tid.value) if is_tls_first else (tid.value, 0)
+  return number, int(flags), last
 
 
-def clone(flags: int = 0) -> int:
-  """Forks like `os.fork`, with further flags of clone(2).
+_arguments: list[tuple[int, int, tuple[int, int]]] = []
 
-  Only for a process with one thread: the C library's own fork handlers are
-  not run.
+
+def bare_fork(flags: int = 0) -> int:
+  """Forks a process with one thread; no hook of Python's or the C library's.
+
+  What the hooks renew is unchanged when the only thread forks, and each costs
+  pages copied in every child.
 
   Args:
-    flags: `SIBLING` and `NEW*` in any combination.
+    flags: of clone(2), such as `SIBLING`.
 
   Returns:
     0 in the child, its pid in the caller.
@@ -69,22 +92,45 @@ def clone(flags: int = 0) -> int:
   Raises:
     OSError: the kernel refused.
   """
-  number, is_tls_first = _CLONE[platform.machine()]
-  tid = _tid_address()
-  flags |= signal.SIGCHLD
-  if tid:
-    flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
-  last = (0, tid) if is_tls_first else (tid, 0)
+  if not _arguments:
+    _arguments.append(_clone_arguments())
+  number, basic, last = _arguments[0]
+  return _check(_syscall(number, basic | flags, 0, 0, *last), "clone")
+
+
+def fork() -> int:
+  """`os.fork` without its warning that other threads exist.
+
+  Python's hooks run, so that the child is fit to have threads of its own.
+  """
   _python.PyOS_BeforeFork()
-  pid = _syscall(number, flags, 0, 0, *last)
-  error = ctypes.get_errno()
+  try:
+    pid = bare_fork()
+  except OSError:
+    _python.PyOS_AfterFork_Parent()
+    raise
   if pid == 0:
     _python.PyOS_AfterFork_Child()
-    return 0
-  _python.PyOS_AfterFork_Parent()
-  if pid < 0:
-    raise OSError(error, f"clone: {os.strerror(error)}")
+  else:
+    _python.PyOS_AfterFork_Parent()
   return pid
+
+
+def start_first_process() -> int:
+  """Starts process 1 of a new pid namespace, a sibling; returns its pid.
+
+  It shares this process' memory, so that it costs next to nothing, and does
+  nothing with it: it waits in pause(2) until it is killed. Signals from inside
+  its namespace do not reach it; where this process ignores SIGCHLD, so does it,
+  and the kernel reaps the namespace's orphans. All of them can stand on one
+  stack, for none ever comes back.
+
+  Raises:
+    OSError: the kernel refused.
+  """
+  top = (ctypes.addressof(_stack) + _STACK_BYTES) & ~63
+  flags = _CLONE_VM | SIBLING | NEWPID | signal.SIGCHLD
+  return _check(_python.clone(_pause, top, int(flags), None), "clone")
 
 
 def unshare(flags: int) -> None:
@@ -101,24 +147,77 @@ def join(pid: int, flags: int) -> None:
     os.close(fd)
 
 
-class PidNamespaces:
-  """Where this process' next children are born: outside, or in one of many."""
+class Nursery:
+  """Pid namespaces, one after the other, for a process' children to be born in.
 
-  def __init__(self):
+  One is always ready before it is needed. A process that has entered another
+  namespace cannot make a new one before it is back in its own, and inside a
+  user namespace there is no way back: there a second process makes them.
+
+  Args:
+    can_return: whether this process has rights over its own pid namespace.
+
+  Attributes:
+    spare: process 1 of the namespace that is ready; 0 when there is none.
+
+  Raises:
+    OSError: the kernel refused.
+  """
+
+  def __init__(self, can_return: bool):
     # By descriptor, for /proc may be out of reach later.
     self._own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    self._is_outside = True
+    self._midwife = None if can_return else _start_midwife()
+    self.spare = self._make()
 
-  def enter(self, pid: int) -> None:
-    """Has children born in the pid namespace whose process 1 is `pid`."""
+  def enter(self) -> int:
+    """Has the next child born in the spare namespace; returns its process 1."""
+    if not self.spare:
+      self.spare = self._make()
+    pid, self.spare = self.spare, 0
     join(pid, NEWPID)
-    self._is_outside = False
+    return pid
 
-  def leave(self) -> None:
-    """Has children born outside again, as a new namespace requires."""
-    if not self._is_outside:
+  def renew(self) -> int:
+    """Makes the next spare namespace; returns its process 1.
+
+    Returns:
+      0 where the kernel refused; `enter` tries again, and says why.
+    """
+    try:
+      self.spare = self.spare or self._make()
+    except OSError:
+      self.spare = 0
+    return self.spare
+
+  def _make(self) -> int:
+    if self._midwife is None:
       _check(_libc.setns(self._own, NEWPID), "setns")
-      self._is_outside = True
+      return start_first_process()
+    self._midwife.send(b"?")
+    pid = int(self._midwife.recv(32) or b"-1")
+    if pid < 0:
+      raise OSError(-pid, f"clone: {os.strerror(-pid)}")
+    return pid
+
+
+def _start_midwife() -> socket.socket:
+  """Forks the process that makes pid namespaces for one that cannot."""
+  ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+  if bare_fork(SIBLING) != 0:
+    theirs.close()
+    return ours
+  ours.close()
+  _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+  try:
+    while theirs.recv(1):
+      try:
+        answer = start_first_process()
+      except OSError as error:
+        answer = -(error.errno or 1)
+      theirs.send(b"%d" % answer)
+  finally:
+    os._exit(0)
 
 
 def keep_mounts_private() -> None:

@@ -11,12 +11,13 @@ from the state before the cell: nothing is replayed, nothing else is lost.
 
 The fork happens while the model is reading, not while it waits. Cells can reach
 all of this; what they gain is to lose their own session. Messages to the
-supervisor (`hello PID`, `done CODE`, `died STATUS CPU RSS`) carry the sender's pid by
-the kernel's word.
+supervisor (`hello PID`, `done CODE`, `died STATUS CPU RSS`) carry the sender's
+pid by the kernel's word.
 """
 
 import ast
 import contextlib
+import functools
 import io
 import json
 import os
@@ -39,7 +40,6 @@ from roc.host.sandbox import (
 
 HELLO, DONE, DIED = b"hello", b"done", b"died"
 _MAX_MESSAGE = 1 << 16
-_fork = namespaces.clone
 _wait4 = os.wait4
 _getpid = os.getpid
 _get_state, _set_state = random.getstate, random.setstate
@@ -57,21 +57,31 @@ def serve(
   channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
 ) -> typing.NoReturn:
   """Guards and runs, in turns, until the channel closes or nobody is left."""
+  script.allow_depth(4)
   while True:
-    generator = _get_state()  # the fork's hooks would seed it anew
     pid = _fork()
     if pid == 0:
-      _set_state(generator)
       _run_next_cell(channel, main, reporter)
       # The cell is done: this process is the guardian of what it has become.
       continue
     blocked = _set_mask(signal.SIG_BLOCK, _ALL_SIGNALS)
-    reaped = 0
-    while reaped != pid:  # cells leave children behind, which end too
-      reaped, status, usage = _wait4(-1, 0)
+    ended, status, usage = _wait4(-1, 0)
+    while ended != pid:  # cells leave children behind, which end too
+      ended, status, usage = _wait4(-1, 0)
     _set_mask(signal.SIG_SETMASK, blocked)
     cpu_s = usage.ru_utime + usage.ru_stime
     channel.send(b"%s %d %f %d" % (DIED, status, cpu_s, usage.ru_maxrss))
+
+
+def _fork() -> int:
+  """Forks with as few hooks as may be."""
+  if len(_frames()) == 1:
+    return namespaces.bare_fork()
+  generator = _get_state()  # the hooks would seed it anew
+  pid = namespaces.fork()
+  if pid == 0:
+    _set_state(generator)
+  return pid
 
 
 def _run_next_cell(
@@ -84,7 +94,8 @@ def _run_next_cell(
   _renew_stdin(fds[1] if len(fds) > 1 else None)
   os.close(fds[0])
   report.show_source(cell["file"], code)
-  end = script.execute(lambda: _run_cell(code, cell["file"], main), reporter)
+  run = functools.partial(_run_cell, code, cell["file"], main)
+  end = script.execute(run, reporter)
   with contextlib.suppress(BaseException):
     _join_threads()
   with contextlib.suppress(BaseException):

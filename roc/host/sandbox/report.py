@@ -27,11 +27,15 @@ def show_source(file: str, code: str) -> None:
 class Reporter:
   """Formats exceptions for one call; knows which paths to hide."""
 
-  def __init__(self, scratch: str, library_dirs: list[str]):
-    """Args: scratch, the call's directory; library_dirs, longest match wins."""
-    self._scratch = os.path.join(scratch, "")
+  def __init__(self, library_dirs: list[str]):
+    """Args: library_dirs, of which the longest match wins."""
+    self._scratch = "\0"  # no path
     dirs = sorted((d for d in library_dirs if d), key=len, reverse=True)
     self._library_dirs = [os.path.join(d, "") for d in dirs]
+
+  def hide(self, scratch: str) -> None:
+    """Has `scratch`, the call's directory, left out of what is shown."""
+    self._scratch = os.path.join(scratch, "")
 
   def install(self) -> None:
     """Makes all the interpreter's own reports go through this object."""

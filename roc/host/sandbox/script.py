@@ -18,6 +18,10 @@ from collections.abc import Callable
 
 from roc.host.sandbox import linux, payload, report, verdict
 
+HEADROOM_BYTES = 32 << 20  # for the report of a program that ran out of memory
+
+_RECURSION_LIMIT = 1000  # the interpreter's own default
+
 # Bound now: the program may replace the originals.
 _getpid = os.getpid
 _type_name = type.__dict__["__name__"].__get__  # no metaclass overrides this
@@ -44,6 +48,7 @@ def run(
     exec(compiled, main.__dict__)
 
   pid = _getpid()
+  allow_depth(3)
   end = execute(program, reporter)
   with contextlib.suppress(BaseException):
     threading._shutdown()  # pyrefly: ignore  # joins threads, as exit does
@@ -54,6 +59,20 @@ def run(
   if _getpid() == pid:  # a fork of the program that fell through to here
     record.write(verdict.pack_record(end.ending, end.error_type))
   return end.code
+
+
+def allow_depth(n_below: int) -> None:
+  """Gives a program the depth of recursion that it has in a plain interpreter.
+
+  Args:
+    n_below: frames between the caller's and the program's first, `exec` itself
+      among them.
+  """
+  frame: types.FrameType | None = sys._getframe(1)
+  while frame is not None:
+    n_below += 1
+    frame = frame.f_back
+  sys.setrecursionlimit(_RECURSION_LIMIT + n_below)
 
 
 class End(typing.NamedTuple):
@@ -114,8 +133,7 @@ def classify(error: BaseException) -> bytes:
 def _report(error: BaseException, reporter: report.Reporter) -> None:
   """Prints the traceback, by the program's own excepthook if it set one."""
   with contextlib.suppress(BaseException):
-    space = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
+    _use_headroom(True)
   try:
     sys.excepthook(type(error), error, error.__traceback__)
   except BaseException:
@@ -124,3 +142,13 @@ def _report(error: BaseException, reporter: report.Reporter) -> None:
     except BaseException:
       with contextlib.suppress(BaseException):
         os.write(2, f"{_type_name(type(error))}\n".encode())
+  with contextlib.suppress(BaseException):
+    _use_headroom(False)
+
+
+def _use_headroom(is_used: bool) -> None:
+  """Allows, or no longer, the memory that a report may need."""
+  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+  if hard != resource.RLIM_INFINITY:
+    soft = hard if is_used else hard - HEADROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -112,11 +112,13 @@ class Sessions:
 
   def _opened(self, live: session_lib.Session, born: births_lib.Born) -> None:
     live.main_pid, live.init_pid = born.pid, born.init_pid
-    live.base_kb = born.base_kb
+    live.base_kb, live.is_born = born.base_kb, True
     if not born.pid:
       self._lose(live, born.why_not)
     elif live.is_dead:
       self._kill(live)
+    else:
+      self._feed(live)
 
   def _feed(self, live: session_lib.Session) -> None:
     if not live.is_idle or not live.waiting:
@@ -136,7 +138,7 @@ class Sessions:
     words, sender = heard
     cell = live.cell
     if session_lib.is_word(words, session_lib.HELLO, 1):
-      if live.take_runner(sender, int(words[1])):
+      if live.take_runner(sender, int(words[1])) and live.is_born:
         self._settle(live)
     elif cell is None or cell.is_ended:
       return

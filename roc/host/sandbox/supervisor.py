@@ -39,6 +39,7 @@ from roc.host.sandbox import (
 _SWEEP_S = 0.25
 _PATIENCE_S = 2.0  # for the last processes to be gone
 _FDS_PER_CALL = 16
+_LARGE = 1 << 18
 
 
 def serve(channel_fd: int, root: str) -> zygote.Next | None:
@@ -234,7 +235,10 @@ class Supervisor:
     if not data:  # the trainer is gone: nobody waits for any answer
       self._is_stopping = True
       return
-    for message in self._unpacker.feed(data):
+    messages = self._unpacker.feed(data)
+    if sum(len(m.get("code", "")) for m in messages) > _LARGE:
+      linux.trim_memory()
+    for message in messages:
       if message["op"] == "call":
         message["stdin"] = base64.b64decode(message["stdin"])
         self._waiting.append(message)
@@ -315,9 +319,7 @@ class Supervisor:
       _, status, usage = os.wait4(pid, 0)
       if pid in self._births.inits:
         self._births.inits.discard(pid)
-      elif self._fleet.has_lost_template(pid):
-        self._is_stopping = True  # only a new supervisor can make new ones
-      elif not self._sessions.reaped(pid):
+      elif not self._fleet.reaped(pid) and not self._sessions.reaped(pid):
         self._scripts.reaped(pid, status, usage)
 
   def _orphans(self) -> list[int]:

@@ -99,15 +99,14 @@ def judge(evidence: Evidence) -> Verdict:
   number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
   code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
   told, error_type = _read_record(evidence.record)
+  # How fast a kill is decides whether a program still comes to its end, so
+  # where one was called for, neither code nor signal is told.
   if evidence.setup_failure:
-    return Verdict(layout.ToolStatus.INFRA, "", code, number, cause="sandbox")
+    return Verdict(layout.ToolStatus.INFRA, cause="sandbox")
   if evidence.killed_for is not None:
-    cause = evidence.killed_cause
-    return Verdict(evidence.killed_for, "", code, number, cause=cause)
+    return Verdict(evidence.killed_for, cause=evidence.killed_cause)
   if evidence.flooded:
-    return Verdict(
-      layout.ToolStatus.OUTPUT_LIMIT, "", code, number, cause=evidence.flooded
-    )
+    return Verdict(layout.ToolStatus.OUTPUT_LIMIT, cause=evidence.flooded)
   if number is not None:
     ended, cause = _of_signal(number, evidence)
     return Verdict(ended, "", None, number, cause=cause)

@@ -19,7 +19,14 @@ import socket
 import typing
 from collections.abc import Callable
 
-from roc.host.sandbox import child, confine, image, linux, namespaces
+from roc.host.sandbox import (
+  child,
+  confine,
+  hooks,
+  image,
+  linux,
+  namespaces,
+)
 from roc.host.sandbox import plan as plan_lib
 
 MAX_REQUEST = 1 << 16
@@ -27,6 +34,8 @@ _MAX_FDS = 4
 CONFINED, MAP_IDS = b"confined", b"map ids"
 
 Next = Callable[[], typing.Any]
+
+_kept: list[typing.Any] = []
 
 
 def template(
@@ -55,7 +64,7 @@ def template(
     data, fds = _receive(sock)
     if not data:
       return None
-    pid = namespaces.clone(namespaces.SIBLING)
+    pid = namespaces.bare_fork(namespaces.SIBLING)
     if pid == 0:
       sock.close()
       mine = socket.socket(fileno=fds[0])
@@ -69,8 +78,10 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
   """Takes a plan on and forks a child for every request.
 
   Args:
-    sock: to the supervisor. Answers to requests are `ID PID`, `ID -ERRNO`; a
-      child that cannot be prepared says `!ID REASON` itself.
+    sock: to the supervisor. It says `confined SPARE`; answers to requests are
+      `ID PID INIT SPARE`, or `ID -ERRNO 0 SPARE`. INIT is process 1 of the pid
+      namespace that PID was born into, SPARE of the one that waits to be used;
+      0 for none. A child that cannot be prepared says `!ID REASON` itself.
     setup: `plan`, `root`, `library_dirs`, `supervisor`, `n_tasks`.
     base_bytes: address space before a program adds to it.
 
@@ -84,29 +95,29 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
     if not sock.recv(16):
       os._exit(1)
 
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
+  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # see start_first_process
+  plan = plan_lib.Plan.from_json(setup["plan"])
+  nursery = None
   try:
     confinement = confine.Confinement(
-      plan_lib.Plan.from_json(setup["plan"]),
-      setup["root"],
-      setup["library_dirs"],
-      ask_for_maps,
+      plan, setup["root"], setup["library_dirs"], ask_for_maps
     )
+    if plan.namespaces:
+      nursery = namespaces.Nursery(plan.namespaces == "direct")
   except (OSError, ValueError) as error:
     sock.send(f"{error}"[:500].encode())
     return None
-  context = child.Context(
-    sock=sock,
-    confinement=confinement,
-    supervisor=setup["supervisor"],
-    n_tasks=setup["n_tasks"],
-    base_bytes=base_bytes,
-    library_dirs=setup["library_dirs"],
-  )
-  signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  context = child.Context.prepare(sock, confinement, setup, base_bytes)
+  # What a frame frees when it returns is pages copied in a child; keep it.
+  _kept.extend([sock, setup, confinement, nursery, context, ask_for_maps])
+  hooks.register()
   gc.collect()
   gc.freeze()
-  sock.send(CONFINED)
-  return _fork_on_request(sock, context)
+  spare = nursery.spare if nursery else 0
+  sock.send(b"%s %d" % (CONFINED, spare))
+  return _fork_on_request(sock, context, nursery)
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -119,31 +130,28 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _fork_on_request(
-  sock: socket.socket, context: child.Context
+  sock: socket.socket,
+  context: child.Context,
+  nursery: namespaces.Nursery | None,
 ) -> Next | None:
-  births = (
-    namespaces.PidNamespaces() if context.confinement.plan.namespaces else None
-  )
   while True:
     data, fds = _receive(sock)
     if not data:
       return None
     request = json.loads(data)
-    is_first = request["op"] == "init"
+    init = spare = 0
     try:
-      if births is not None:
-        if is_first:
-          births.leave()
-        else:
-          births.enter(request["init"])
-      flags = namespaces.NEWPID if is_first else 0
-      pid = namespaces.clone(namespaces.SIBLING | flags)
+      if nursery is not None:
+        init = nursery.enter()
+        linux.set_tag(request["tag"], init)
+      pid = namespaces.bare_fork(namespaces.SIBLING)
     except OSError as error:
       pid = -(error.errno or 1)
     if pid == 0:
-      if is_first:
-        return functools.partial(confine.be_first_process, request["tag"])
       return functools.partial(child.run, child.Job(context, request, fds))
     for fd in fds:
       os.close(fd)
-    sock.send(b"%d %d" % (request["id"], pid))
+    if nursery is not None:
+      # Only now: it inherits descriptors, and must not hold a call's.
+      spare = nursery.renew()
+    sock.send(b"%d %d %d %d" % (request["id"], pid, init, spare))

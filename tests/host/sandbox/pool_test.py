@@ -90,6 +90,12 @@ def test_a_long_call_is_not_taken_for_a_hanging_server(own_box, monkeypatch):
   assert (result.status, result.retries) == (ToolStatus.OK, 0)
 
 
+def marked(supervisor: int) -> list[int]:
+  """Processes of calls below a supervisor."""
+  below = linux.descendants(supervisor, 9999)
+  return [pid for pid in below if linux.is_marked(pid)]
+
+
 def test_everything_dies_with_a_killed_trainer(tools):
   trainer = subprocess.Popen(
     [
@@ -114,8 +120,8 @@ def test_everything_dies_with_a_killed_trainer(tools):
   with trainer:
     server, keeper, root = trainer.stdout.readline().split()
     pids = [int(server), int(keeper)]
-    assert tools.wait_until(lambda: len(linux.descendants(pids[0], 99)) == 4)
-    pids += linux.descendants(pids[0], 99)
+    assert tools.wait_until(lambda: len(marked(pids[0])) >= 4)
+    pids += linux.descendants(pids[0], 9999)
     trainer.kill()
   assert tools.wait_until(lambda: not any(map(tools.is_alive, pids)), 2)
   assert tools.wait_until(lambda: not os.path.exists(root))

@@ -148,8 +148,8 @@ x = sympy.Symbol('x')
 sympy.sin = sympy.cos
 sympy.pi = sympy.Integer(3)
 type(x).__str__ = lambda self: 'poisoned'
-for name in dir(sympy.core.cache):
-  cached = getattr(sympy.core.cache, name)
+for name in ('CACHE', 'cache'):
+  cached = getattr(sympy.core.cache, name, None)
   if isinstance(cached, list | dict): cached.clear()
 sympy.Integer.__add__ = lambda a, b: sympy.Integer(7)
 numpy.pi = numpy.e = 3.0
@@ -165,7 +165,7 @@ import math, os, sys, numpy, sympy
 x = sympy.Symbol('x')
 print(sympy.sin(x), sympy.pi.evalf(5), sympy.Integer(2) + 3, numpy.pi)
 print(numpy.linalg.solve([[2.0]], [4.0]), numpy.add(1, 1), math.pi)
-print(sum([1, 2]), abs(-3), sys.getrecursionlimit())
+print(sum([1, 2]), abs(-3))
 print('PYTHONPATH' in os.environ)
 print(numpy.random.rand())
 """
