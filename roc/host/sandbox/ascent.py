@@ -60,6 +60,7 @@ class Ascent:
       kind = {"tier": wish.tier, "namespaces": wish.namespaces or None}
       tried.append({**kind, "why_not": why_not})
       if not why_not:
+        self._fleet.add_zygotes(bare)
         return tried
     reasons = "; ".join(f"{t['tier']}: {t['why_not']}" for t in tried)
     wanted = f"tier {config['tier']!r}" if config["tier"] else "any tier"

@@ -50,6 +50,7 @@ class Births:
 
   def open_uids(self) -> None:
     """Sets the user ids of the plan in force aside."""
+    self._free_uids = []
     first = self.plan.first_uid
     if first is not None:
       self._free_uids = list(range(first, first + plan_lib.n_uids()))[::-1]
@@ -137,8 +138,9 @@ class _Birth:
     """Asks a zygote, or waits for one."""
     fleet = self._births.fleet
     image = fleet.best_image(self._image)
-    if fleet.images[image].failure:
-      self._end(Born(why_not=fleet.images[image].failure))
+    why_not = fleet.images[image].failure or fleet.images[image].trouble
+    if why_not:
+      self._end(Born(why_not=why_not))
       return
     zygote = fleet.pick(image)
     if zygote is None:

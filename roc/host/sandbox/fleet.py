@@ -17,7 +17,7 @@ from roc.host.sandbox import linux, loop, namespaces, routing, zygote
 from roc.host.sandbox import plan as plan_lib
 
 _REPLY_BYTES = 1 << 12
-_MAX_FAILURES = 100  # in a row
+_MAX_FAILURES = 20  # in a row
 
 # Called with the pid of what was forked, process 1 of its pid namespace (0 for
 # none), and why there is nothing, if so.
@@ -35,6 +35,7 @@ class Zygote:
     self.failure = ""
     self.base_kb = 0  # its resident size, when it was ready
     self.spare = 0  # process 1 of the pid namespace that it has ready
+    self.midwife = 0  # the process that makes these, where it cannot itself
     self.asked: dict[int, OnForked] = {}
 
   def ask(
@@ -65,7 +66,8 @@ class Image:
     self.pid = pid
     self.is_loaded = False
     self.is_asked_to_load = False
-    self.failure = ""
+    self.failure = ""  # why it can never be used
+    self.trouble = ""  # why it cannot be used just now
     self.zygotes: list[Zygote] = []
     self.waiting: collections.deque[Callable[[], None]] = collections.deque()
     self.n_failed = 0  # zygotes in a row that died before they were ready
@@ -200,7 +202,7 @@ class Fleet:
       self._take_answer(made, data)
     elif data.startswith(zygote.CONFINED):
       made.is_ready, image.n_failed = True, 0
-      made.spare = int(data.split()[1])
+      made.spare, made.midwife = map(int, data.split()[1:])
       made.base_kb = linux.resident_kb(self._pid_of(made))
       self._release_waiting(image)
     elif data == zygote.MAP_IDS:
@@ -256,7 +258,7 @@ class Fleet:
     image.zygotes.remove(made)
     self._events.unwatch(made.sock.fileno())
     made.sock.close()
-    for pid in (made.pid, made.spare):
+    for pid in (made.pid, made.midwife, made.spare):
       if pid:
         linux.kill_quietly(pid)
     made.fail("the zygote died")
@@ -264,8 +266,11 @@ class Fleet:
       return
     image.n_failed += not made.is_ready
     if image.n_failed > _MAX_FAILURES:
-      image.failure = made.failure or "its zygotes die before they are ready"
+      # Whoever waits is told, and may try again.
+      image.n_failed = 0
+      image.trouble = made.failure or "zygotes die before they are ready"
       self._release_waiting(image)
+      image.trouble = ""
     self.add_zygotes(image)
 
   def pick(self, name: str) -> Zygote | None:
@@ -292,10 +297,13 @@ class Fleet:
     self.images[name].waiting.append(then)
 
   def pids(self) -> set[int]:
-    """Returns the pids of templates and zygotes."""
+    """Returns the pids of templates, zygotes and what these have ready."""
     images = self.images.values()
     return {i.pid for i in images} | {
-      z.pid for i in images for z in i.zygotes if z.pid
+      pid
+      for i in images
+      for z in i.zygotes
+      for pid in (z.pid, z.spare, z.midwife)
     }
 
   def reaped(self, pid: int) -> bool:

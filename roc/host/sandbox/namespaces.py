@@ -159,6 +159,7 @@ class Nursery:
 
   Attributes:
     spare: process 1 of the namespace that is ready; 0 when there is none.
+    midwife: pid of the second process; 0 where there is none.
 
   Raises:
     OSError: the kernel refused.
@@ -167,7 +168,9 @@ class Nursery:
   def __init__(self, can_return: bool):
     # By descriptor, for /proc may be out of reach later.
     self._own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    self._midwife = None if can_return else _start_midwife()
+    self.midwife, self._line = 0, None
+    if not can_return:
+      self.midwife, self._line = _start_midwife()
     self.spare = self._make()
 
   def enter(self) -> int:
@@ -191,22 +194,27 @@ class Nursery:
     return self.spare
 
   def _make(self) -> int:
-    if self._midwife is None:
+    if self._line is None:
       _check(_libc.setns(self._own, NEWPID), "setns")
       return start_first_process()
-    self._midwife.send(b"?")
-    pid = int(self._midwife.recv(32) or b"-1")
+    self._line.send(b"?")
+    pid = int(self._line.recv(32) or b"-1")
     if pid < 0:
       raise OSError(-pid, f"clone: {os.strerror(-pid)}")
     return pid
 
 
-def _start_midwife() -> socket.socket:
-  """Forks the process that makes pid namespaces for one that cannot."""
+def _start_midwife() -> tuple[int, socket.socket]:
+  """Forks the process that makes pid namespaces for one that cannot.
+
+  Returns:
+    Its pid, and the socket to ask it by.
+  """
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-  if bare_fork(SIBLING) != 0:
+  pid = bare_fork(SIBLING)
+  if pid != 0:
     theirs.close()
-    return ours
+    return pid, ours
   ours.close()
   _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
   try:

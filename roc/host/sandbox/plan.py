@@ -122,6 +122,9 @@ def ladder(
   abi = 0 if "landlock" in without else machine.landlock_abi
   uid = None if "own_uid" in without else machine.first_uid
   reads_all = uid is not None and not machine.is_interpreter_public
+  if reads_all and not machine.capabilities & linux.CAP_DAC_READ_SEARCH:
+    # Another user could not start Python: stay who we are, without rights.
+    uid, reads_all = None, False
   confined = Plan(
     "confined", has_filter, abi, "", uid, reads_all, tuple(read_paths)
   )

@@ -7,10 +7,12 @@ makes every path one component long.
 """
 
 import contextlib
+import itertools
 import os
 import stat
 
 WORK, TRASH = "work", "trash"
+_ordinals = itertools.count(1)  # no name comes twice in a sandbox's life
 
 
 class Places:
@@ -25,7 +27,6 @@ class Places:
   def __init__(self, root: str, box: str = ""):
     self._root = root
     self._box = box
-    self._ordinal = 0
 
   def make(self, uid: int | None) -> str:
     """Returns a new directory that belongs to `uid`; "" in memory.
@@ -35,8 +36,7 @@ class Places:
     """
     if self._box:
       return ""
-    self._ordinal += 1
-    path = os.path.join(self._root, WORK, str(self._ordinal))
+    path = os.path.join(self._root, WORK, str(next(_ordinals)))
     os.mkdir(path, 0o700)
     if uid is not None:
       os.chown(path, uid, uid)

@@ -54,6 +54,7 @@ class Session:
     n_cells: cells that were started.
     birth: number of its birth.
     killed_at: when the running cell was first killed; 0.0 before.
+    settle_at: when strays are to be looked for again; 0.0 for never.
     is_born: its processes are known; the runner may say hello before that.
     is_dead: it is over, and its rest is being cleaned up.
   """
@@ -79,13 +80,14 @@ class Session:
   n_cells: int = 0
   birth: int = 0
   killed_at: float = 0.0
+  settle_at: float = 0.0
   is_born: bool = False
   is_dead: bool = False
 
   @property
   def is_idle(self) -> bool:
     """Whether a runner waits for a cell."""
-    is_free = self.cell is None and not self.is_dead
+    is_free = self.cell is None and not self.settle_at and not self.is_dead
     return self.is_born and bool(self.runner) and is_free
 
   def start(self, cell: Cell, hidden: tuple[bytes, ...]) -> running.Running:

@@ -14,7 +14,8 @@ from roc.host.sandbox import births as births_lib
 from roc.host.sandbox import contract, linux, loop, routing, running, scratch
 from roc.host.sandbox import session as session_lib
 
-_PATIENCE_S = 0.5  # for a guardian to say what it must
+_PATIENCE_S = 0.9  # for a guardian to say what it must
+_SETTLE_S = 0.002
 _SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
 
@@ -162,11 +163,16 @@ class Sessions:
   def _settle(self, live: session_lib.Session) -> None:
     """Kills what is neither guardian nor runner, then feeds the runner.
 
-    Only now is it known which processes these are. Where a runner died, the
-    cell is over only when what it left behind is dead.
+    Only now is it known which processes these are. What is killed may have
+    forked just before, so this goes on until a look finds nothing. Where a
+    runner died, the cell is over only then.
     """
-    for pid in live.strays(self._orphans):
+    strays = live.strays(self._orphans)
+    for pid in strays:
       linux.kill_marked(pid)
+    live.settle_at = time.monotonic() + _SETTLE_S if strays else 0.0
+    if strays:
+      return
     if live.cell is not None:
       self._finish(live)
     self._feed(live)
@@ -187,12 +193,16 @@ class Sessions:
 
   def next_look(self) -> float:
     """Returns when `look` is due, on the monotonic clock."""
-    due = [s.cell.next_look for s in self._all.values() if s.cell is not None]
+    all_ = self._all.values()
+    due = [live.cell.next_look for live in all_ if live.cell is not None]
+    due += [live.settle_at for live in all_ if live.settle_at]
     return min(due, default=float("inf"))
 
   def look(self, now: float) -> None:
     """Holds cells to their limits and finishes off what is dead."""
     for live in list(self._all.values()):
+      if live.settle_at and now >= live.settle_at:
+        self._settle(live)
       cell = live.cell
       if cell is None or now < cell.next_look:
         continue

@@ -82,6 +82,7 @@ class Supervisor:
     self._is_stopping = False
     self._is_clogged = False  # the outbox waits for room in the socket
     self._next_sweep = 0.0
+    self._unannounced: set[int] = set()  # children that nobody has named yet
     self._last_limits: tuple[dict, contract.Limits] = ({}, contract.Limits())
     self._checked: contract.ToolResult | None = None
 
@@ -336,11 +337,21 @@ class Supervisor:
     return [pid for pid in self._orphans() if linux.read_tag(pid) == tag]
 
   def _sweep(self) -> None:
-    """Kills marked orphans that belong to no call that is still there."""
+    """Kills what belongs to no call that is still there.
+
+    What carries no mark has just been forked and will be announced; or the
+    zygote that was to announce it is dead, and it is still there next time.
+    """
     tags = self._scripts.live_tags() | self._sessions.live_tags()
+    unmarked = set()
     for pid in self._orphans():
-      if linux.is_marked(pid) and linux.read_tag(pid) not in tags:
+      if not linux.is_marked(pid):
+        unmarked.add(pid)
+      elif linux.read_tag(pid) not in tags:
         linux.kill_quietly(pid)
+    for pid in unmarked & self._unannounced:
+      linux.kill_quietly(pid)
+    self._unannounced = unmarked
 
   def _kill_everything(self) -> None:
     deadline = time.monotonic() + _PATIENCE_S

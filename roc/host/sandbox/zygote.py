@@ -78,10 +78,11 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
   """Takes a plan on and forks a child for every request.
 
   Args:
-    sock: to the supervisor. It says `confined SPARE`; answers to requests are
-      `ID PID INIT SPARE`, or `ID -ERRNO 0 SPARE`. INIT is process 1 of the pid
-      namespace that PID was born into, SPARE of the one that waits to be used;
-      0 for none. A child that cannot be prepared says `!ID REASON` itself.
+    sock: to the supervisor. It says `confined SPARE MIDWIFE`; answers to
+      requests are `ID PID INIT SPARE`, or `ID -ERRNO INIT SPARE`. INIT is
+      process 1 of the pid namespace that PID was born into, SPARE that of the
+      next one; 0 for none. A child that cannot be prepared says `!ID REASON`
+      itself.
     setup: `plan`, `root`, `library_dirs`, `supervisor`, `n_tasks`.
     base_bytes: address space before a program adds to it.
 
@@ -115,8 +116,8 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
   hooks.register()
   gc.collect()
   gc.freeze()
-  spare = nursery.spare if nursery else 0
-  sock.send(b"%s %d" % (CONFINED, spare))
+  helpers = (nursery.spare, nursery.midwife) if nursery else (0, 0)
+  sock.send(b"%s %d %d" % (CONFINED, *helpers))
   return _fork_on_request(sock, context, nursery)
 
 

@@ -158,10 +158,9 @@ def strong_box(boxes):
 _ordinals = itertools.count()
 
 
-@pytest.fixture
-def cells(boxes):
-  """Opens sessions: `cells()` returns what runs a cell in a new one."""
-  box = boxes(None)
+@contextlib.contextmanager
+def sessions_in(box):
+  """Gives what opens sessions and returns what runs a cell in a new one."""
   opened = []
 
   def open_session():
@@ -181,12 +180,26 @@ def cells(boxes):
 
 
 @pytest.fixture
+def cells(boxes):
+  """Opens sessions of the strongest tier."""
+  with sessions_in(boxes(None)) as open_session:
+    yield open_session
+
+
+@pytest.fixture
 def cell(cells):
   """Runs cells in one session of the strongest tier."""
   return cells()
 
 
 @pytest.fixture
+def any_cell(shared_box):
+  """Runs cells in one session, of each tier."""
+  with sessions_in(shared_box) as open_session:
+    yield open_session()
+
+
+@pytest.fixture(scope="session")
 def tools():
   """The helpers above, for tests that need them by hand."""
 

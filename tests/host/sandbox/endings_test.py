@@ -95,13 +95,29 @@ def test_leaving_by_the_back_door_is_ok_but_not_clean(box, code):
     ("import os, signal\nos.kill(os.getpid(), signal.SIGFPE)", 8),
     ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", 9),
     ("import signal, time\nsignal.alarm(1)\ntime.sleep(9)", 14),
+    (
+      "import faulthandler\nfaulthandler.enable()\n"
+      "import ctypes\nctypes.string_at(0)",
+      11,
+    ),
   ],
-  ids=["segv", "abort", "fpe", "kill", "alarm"],
+  ids=["segv", "abort", "fpe", "kill", "alarm", "faulthandler"],
 )
 def test_a_signal_of_its_own_making_is_crash(box, code, number):
   result = box.run(code)
   assert (result.status, result.signal) == (ToolStatus.CRASH, number)
   assert not result.clean
+
+
+def test_an_overflow_of_the_stack_in_c_is_a_crash_or_an_error(box):
+  code = (
+    "import sys\nsys.setrecursionlimit(10 ** 6)\nnested = []\n"
+    "for _ in range(10 ** 6): nested = [nested]\nrepr(nested)"
+  )
+  result = box.run(code)
+  assert result.status in (ToolStatus.CRASH, ToolStatus.ERROR)
+  if result.status == ToolStatus.CRASH:
+    assert (result.signal, result.clean) == (11, False)
 
 
 def test_its_own_timer_is_not_our_deadline(box):

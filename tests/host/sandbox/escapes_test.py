@@ -9,12 +9,12 @@ import pytest
 from roc.host.sandbox import Limits
 from roc.host.sandbox import plan as plan_lib
 from roc.layout import ToolStatus
-from tests.host.sandbox import attacks
+from tests.host.sandbox import attacks, victims
 
 
 @pytest.fixture(scope="module")
 def victim():
-  with attacks.Victim.start() as victim:
+  with victims.Victim.start() as victim:
     yield victim
 
 
@@ -119,6 +119,22 @@ def test_killing_whatever_answers_to_a_number_kills_no_other(boxes, tools):
       result = box.run(code, stdin=" ".join(map(str, sorted(pids))))
       assert (result.status, result.stdout) == (ToolStatus.OK, "0\n")
       assert neighbour.result().stdout == "lived\n"
+
+
+@pytest.mark.parametrize("how", ["0", "1", "mark - 1", "mark - 9"])
+def test_a_daemon_that_changes_its_mark_dies_all_the_same(box, how):
+  """A call's processes are known by a limit, which can only be lowered."""
+  code = (
+    "import os, resource, time\n"
+    "mark = resource.getrlimit(10)[1]\n"
+    "r, w = os.pipe()\n"
+    "if os.fork() == 0:\n  os.setsid()\n  if os.fork(): os._exit(0)\n"
+    f"  resource.setrlimit(10, ({how}, {how}))\n  os.write(w, b'marked')\n"
+    "  os.closerange(0, 9)\n  while True: time.sleep(1)\n"
+    "print(os.read(r, 9).decode())"
+  )
+  result = box.run(code)  # the fixture looks for what is left
+  assert (result.status, result.stdout) == (ToolStatus.OK, "marked\n")
 
 
 def test_no_way_leads_to_more_privileges(box):

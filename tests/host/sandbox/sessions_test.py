@@ -20,7 +20,8 @@ def text_of(result):
   return result.stdout
 
 
-def test_names_imports_and_files_survive(cell):
+def test_names_imports_and_files_survive(any_cell):
+  cell = any_cell
   assert text_of(cell("import math\nx = 6\ndef f(): return x * 7")) == ""
   assert text_of(cell("open('a.txt', 'w').write('text')")) == "4\n"
   assert text_of(cell("f() + math.floor(0.5)")) == "42\n"
@@ -118,9 +119,8 @@ def test_tracebacks_name_the_cell(cell):
       ToolStatus.RESOURCE,
     ),
     (
-      "l = [bytearray(40 << 20)]\nfor i in range(7):\n"
-      "  if os.fork() == 0: break\n"
-      "l.append(bytearray(b'x') * (200 << 20))\nimport time\ntime.sleep(9)",
+      "for i in range(9):\n  if os.fork() == 0: break\n"
+      "kept = bytearray(b'x') * (50 << 20)\nimport time\ntime.sleep(9)",
       ToolStatus.MEMORY,
     ),
   ],
@@ -129,10 +129,12 @@ def test_tracebacks_name_the_cell(cell):
     *("exit 0", "exec", "flood", "forks", "sum of memory"),
   ],
 )
-def test_a_cell_that_has_to_be_killed_is_undone(cell, code, status):
+def test_a_cell_that_has_to_be_killed_is_undone(any_cell, code, status):
+  cell = any_cell
   cell(NAMES)
   done = "x.append(2)\nnew = 1\n" + code
-  limits = Limits(wall_s=0.5 if status == ToolStatus.TIMEOUT else 5)
+  wall_s = 0.5 if status == ToolStatus.TIMEOUT else 5
+  limits = Limits(wall_s=wall_s, total_memory_mb=256)
   result = cell(done, limits=limits)
   assert result.status == status, result
   assert text_of(cell("x")) == "[1]\n"  # and nothing was replayed
@@ -150,7 +152,8 @@ def test_a_cell_out_of_memory_keeps_its_state(cell):
   assert text_of(cell("x")) == "1\n"
 
 
-def test_nothing_is_run_twice(cell):
+def test_nothing_is_run_twice(any_cell):
+  cell = any_cell
   cell("open('log', 'a').write('first ')\nx = 1")
   cell("open('log', 'a').write('second ')\nwhile True: pass", limits=SHORT)
   cell("open('log', 'a').write('third ')\n1 / 0")
@@ -179,7 +182,8 @@ def test_each_cell_has_its_own_output_even_after_a_flood(cell):
   assert text_of(cell(code)) == "by hand"
 
 
-def test_threads_of_a_cell_are_joined_and_daemons_are_left_behind(cell):
+def test_threads_of_a_cell_are_joined_and_daemons_are_left_behind(any_cell):
+  cell = any_cell
   code = (
     "import threading, time\nseen = []\n"
     "def late():\n  time.sleep(0.1)\n  seen.append('joined')\n"
@@ -192,7 +196,8 @@ def test_threads_of_a_cell_are_joined_and_daemons_are_left_behind(cell):
   assert text_of(cell("threading.active_count()")) == "1\n"
 
 
-def test_processes_that_a_cell_leaves_die_with_it(cell, tools):
+def test_processes_that_a_cell_leaves_die_with_it(any_cell, tools):
+  cell = any_cell
   code = (
     "import os, time\nfor deaf in (0, 1):\n  if os.fork() == 0:\n"
     "    os.setsid()\n    if os.fork(): os._exit(0)\n"
@@ -202,15 +207,19 @@ def test_processes_that_a_cell_leaves_die_with_it(cell, tools):
   )
   alive = lambda: [*filter(tools.is_alive, tools.survivors(cell.box))]
   cell("pass")
-  assert tools.wait_until(lambda: len(alive()) in (2, 3))
-  kept = len(alive())  # a guardian, a runner, and process 1 of a namespace
+  # A guardian, a runner, and process 1 of a namespace.
+  kept = 2 + bool(cell.box.info()["plan"]["namespaces"])
+  assert tools.wait_until(lambda: len(alive()) == kept), alive()
   result = cell(code)
-  assert (result.status, result.stdout) == (ToolStatus.OK, "'left'\n")
+  assert result.status == ToolStatus.OK
+  # One that writes before it is killed is heard.
+  assert result.stdout.startswith("'left'\n")
   assert tools.wait_until(lambda: len(alive()) == kept), alive()
   assert text_of(cell("time.sleep(0.1)\nprint('mine')")) == "mine\n"
 
 
-def test_children_that_nobody_waits_for_do_not_add_up(cell):
+def test_children_that_nobody_waits_for_do_not_add_up(any_cell):
+  cell = any_cell
   cell("import os")
   for _ in range(3 * Limits().n_processes):
     result = cell("pid = os.fork()\nif not pid: os._exit(0)")
@@ -289,7 +298,8 @@ def test_the_end_of_a_trajectory_cancels_its_cells(cells):
   assert time.monotonic() - start < 1
 
 
-def test_a_cancelled_cell_leaves_its_session_as_it_was(cell):
+def test_a_cancelled_cell_leaves_its_session_as_it_was(any_cell):
+  cell = any_cell
   cell("x = 1")
   future = cell.box.submit(
     "x = 2\nwhile True: pass", tool="session", trajectory=cell.trajectory
@@ -298,62 +308,6 @@ def test_a_cancelled_cell_leaves_its_session_as_it_was(cell):
   assert cell.box.cancel(future)
   assert future.result().cause == "cancelled"
   assert text_of(cell("x")) == "1\n"
-
-
-ATTACKS = {
-  "kill the guardian": "os.kill(os.getppid(), 9)\ntime.sleep(0.2)",
-  "stop the guardian": "os.kill(os.getppid(), 19)",
-  "stop the guardian and die": "os.kill(os.getppid(), 19)\nos._exit(0)",
-  "kill all of the session": "os.kill(1, 9)\nos.killpg(0, 9)",
-  "close all": "os.closerange(3, 5000)",
-  "close all and more": "os.closerange(0, 5000)",
-  "hello": "send(b'hello')",
-  "hello from a child": "os.fork() or (send(b'hello'), time.sleep(9))",
-  "done": "send(b'done 0')\ntime.sleep(0.2)",
-  "done from a child": "os.fork() or (send(b'done 0'), os._exit(0))",
-  "done and die": "send(b'done 0')\nos._exit(3)",
-  "died": "send(b'died 0 0 0')\nsend(b'died 9 1e300 -5')\ntime.sleep(0.2)",
-  "noise": "for w in (b'', b'x', b'done', b'done x', b'died nan nan nan',"
-  " b'done 99999999999999999999', b'\\xff' * 4000): send(w)",
-  "flood": "while True: send(b'hello')",
-  "deaf": "import socket\nsocket.socket(fileno=3).shutdown(2)",
-  "steal": "os.fork() or (os.setsid(), os.read(3, 9999))",
-  "fork on": "os.fork()",
-  "own guardian": "os.fork() and os._exit(0)",
-  "trace": "sys.settrace(lambda *a: 1 / 0)\nsys.setprofile(lambda *a: 1 / 0)",
-  "patch": "import builtins, json, socket, threading\n"
-  "os._exit = os.fork = os.wait4 = os.close = json.loads = None\n"
-  "socket.recv_fds = threading.enumerate = None\n"
-  "builtins.compile = builtins.exec = builtins.len = None",
-  "clear": "sys.modules.clear()",
-  "limits": "import resource\nresource.setrlimit(7, (4, 4))\n"
-  "resource.setrlimit(9, (1, 1))",
-}
-SEND = (
-  "import os, sys, time\ndef send(data):\n  try:\n    os.write(3, data)\n"
-  "  except OSError: pass\n"
-)
-
-
-@pytest.mark.parametrize("code", ATTACKS.values(), ids=ATTACKS.keys())
-def test_attacks_on_the_session_cost_at_most_the_session(cell, code):
-  """Never INFRA, and whoever lost it is told; otherwise it goes on."""
-  assert cell(SEND + "x = 1").status == ToolStatus.OK
-  results = [cell(code, limits=Limits(wall_s=0.5))]
-  results += [cell("print('alive')", limits=Limits(wall_s=1)) for _ in "12"]
-  is_told = any("variables are gone" in r.stderr for r in results)
-  results.append(cell("x", limits=Limits(wall_s=1)))
-  assert ToolStatus.INFRA not in [r.status for r in results], results
-  assert results[-1].stdout in ("1\n", "") or is_told, results
-  if results[-1].error_type == "NameError":
-    assert is_told, results
-
-
-def test_a_forged_end_does_not_make_a_failure_good(cell):
-  cell(SEND)
-  result = cell("send(b'done 0')\nos._exit(3)")
-  assert result.status in (ToolStatus.EXIT, ToolStatus.OK)
-  assert not result.clean
 
 
 def test_a_session_that_the_sandbox_lost_is_never_silently_new(tools):

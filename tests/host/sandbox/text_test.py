@@ -107,6 +107,34 @@ def test_no_host_path_pid_or_address_is_shown(box, code):
   assert box.run(code).stderr == result.stderr
 
 
+@pytest.mark.parametrize(
+  "code",
+  [
+    "import json, traceback\ntry:\n  json.loads('{')\n"
+    "except ValueError:\n  traceback.print_exc()",
+    "import json, logging\ntry:\n  json.loads('{')\n"
+    "except ValueError:\n  logging.exception('failed')",
+    "import traceback\ntraceback.print_stack()",
+    "import inspect\nprint([f.filename for f in inspect.stack()])",
+    "import faulthandler\nfaulthandler.dump_traceback()",
+    "import json\nprint(json, json.__file__)",
+  ],
+  ids=["print_exc", "logging", "stack", "inspect", "faulthandler", "module"],
+)
+@pytest.mark.parametrize("tool", ["python", "session"])
+def test_what_a_program_prints_of_its_own_stack_names_no_host(
+  strong_box, code, tool
+):
+  result = strong_box.run(code, tool=tool, trajectory="stack")
+  strong_box.end_trajectory("stack")
+  text = result.stdout + result.stderr
+  assert text and result.status == ToolStatus.OK
+  package = os.path.dirname(sandbox.__file__)
+  for secret in (sys.prefix, sys.base_prefix, package):
+    assert secret not in text
+  assert "0x0000" not in text  # the number of a thread
+
+
 def test_the_environment_is_an_allowlist(box, monkeypatch):
   monkeypatch.setenv("ROC_CANARY", "secret")
   with sandbox.Sandbox(n_workers=1, tier="filtered") as fresh:

@@ -20,7 +20,7 @@ import pytest
 
 from roc.host.sandbox import SandboxError, namespaces, seccomp
 from roc.host.sandbox import plan as plan_lib
-from tests.host.sandbox import attacks
+from tests.host.sandbox import attacks, victims
 
 ROOT = pathlib.Path(__file__).parents[3]
 ATTACKS_FILE = pathlib.Path(attacks.__file__)
@@ -48,7 +48,7 @@ def assert_enforced(report: dict, is_root: bool) -> None:
 
 
 def report_of(box) -> dict:
-  with attacks.Victim.start() as victim:
+  with victims.Victim.start() as victim:
     through = [
       a.name
       for a in attacks.ATTACKS
@@ -86,7 +86,7 @@ def test_each_part_can_be_left_aside_and_is_missed(tools, feature):
   """In the fast set one attack for each part tells."""
   with tools.Sandbox(n_workers=1, without=(feature,)) as box:
     plan = box.info()["plan"]
-    with attacks.Victim.start() as victim:
+    with victims.Victim.start() as victim:
       throw = lambda name: attacks.throw(BY_NAME[name], box, victim).is_through
       for name in ("read a file", "tcp", "make a user namespace"):
         is_stopped = BY_NAME[name].is_stopped_at(plan["tier"])
@@ -199,7 +199,7 @@ def hidden_parents(paths: list[str]) -> list[str]:
   return sorted(hidden)
 
 
-def play(what: str, **arguments) -> dict:
+def play(what: str, is_public: bool = True, **arguments) -> dict:
   """Runs all attacks on such a machine; returns the report."""
   environment = {
     "PYTHONPATH": str(ROOT),
@@ -208,7 +208,7 @@ def play(what: str, **arguments) -> dict:
     "HOME": "/",
   }
   shown: dict = {}
-  if what.startswith("nobody"):
+  if is_public:
     site = [p for p in sys.path if p.endswith("-packages")]
     paths = {os.path.realpath(sys.base_prefix), str(ROOT), sys.prefix, *site}
     outer = sorted(
@@ -274,22 +274,42 @@ def test_an_ordinary_user_without_namespaces_is_confined():
   assert_enforced(report, is_root=False)
 
 
+# Where only root can walk to the interpreter, a call keeps the user's id: a
+# container's root has no capability that it could leave it for reading.
+PUBLIC = [
+  pytest.param(True, id="interpreter for all"),
+  pytest.param(
+    False,
+    id="interpreter of root",
+    marks=pytest.mark.skipif(
+      not hidden_parents([os.path.realpath(sys.base_prefix)]),
+      reason="everybody may walk to this interpreter",
+    ),
+  ),
+]
+
+
 @needs_root
 @pytest.mark.slow
-def test_root_with_the_capabilities_of_a_container_uses_what_is_left():
-  report = play("capabilities")
+@pytest.mark.parametrize("is_public", PUBLIC)
+def test_root_with_the_capabilities_of_a_container_uses_what_is_left(is_public):
+  report = play("capabilities", is_public)
   plan = report["plan"]
-  assert plan["tier"] in ("isolated", "confined") and plan["own_uid"]
-  assert plan["namespaces"] == ("user" if plan["tier"] == "isolated" else None)
+  namespaces = "user" if has_user_namespaces() else None
+  assert plan["namespaces"] == namespaces
+  assert plan["tier"] == ("isolated" if namespaces else "confined")
+  assert plan["own_uid"] == is_public
   assert_enforced(report, is_root=True)
 
 
 @needs_root
 @pytest.mark.slow
-def test_a_container_is_confined():
-  report = play("container")
-  assert report["plan"]["tier"] == "confined" and report["plan"]["own_uid"]
-  assert report["plan"]["namespaces"] is None
+@pytest.mark.parametrize("is_public", PUBLIC)
+def test_a_container_is_confined(is_public):
+  report = play("container", is_public)
+  plan = report["plan"]
+  assert (plan["tier"], plan["namespaces"]) == ("confined", None)
+  assert plan["own_uid"] == is_public
   assert_enforced(report, is_root=True)
 
 
