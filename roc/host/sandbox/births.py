@@ -12,6 +12,9 @@ from roc.host.sandbox import fleet as fleet_lib
 from roc.host.sandbox import linux
 from roc.host.sandbox import plan as plan_lib
 
+# A program cannot do it: process 1 hears no signal from inside its namespace.
+SHOT = "process 1 of the call was killed from outside"
+
 
 @dataclasses.dataclass(frozen=True)
 class Born:

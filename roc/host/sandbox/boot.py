@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
   os.close(int(argv[1]))
   keeper.split(channel_fd, root)  # the parent stays in there to its end
   go = supervisor.serve(channel_fd, root)
+  kept = []  # what is freed here is pages copied in every child
   while go is not None:
+    kept.append(go)
     go = go()
 
 

@@ -21,6 +21,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _MADV_COLLAPSE = 25
+_PF_EXITING = 4
 _HUGE = 2 << 20
 _PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
@@ -36,6 +37,10 @@ CAP_SETUID = 1 << 7
 CAP_SYS_ADMIN = 1 << 21
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# Made once, for a child copies every page that it writes to. The words are two
+# each of effective, permitted and inheritable.
+_capability_header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+_capability_words = (ctypes.c_uint32 * 6)()
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _own_tag = resource.getrlimit(_RLIMIT_LOCKS)[1]
 
@@ -46,7 +51,7 @@ def _prctl(option: int, value: int) -> None:
     raise OSError(number, f"prctl({option}): {os.strerror(number)}")
 
 
-def die_with_parent(how: int = signal.SIGKILL) -> None:
+def die_with_parent(how: int = int(signal.SIGKILL)) -> None:
   """Asks for signal `how` when the thread that forked this process ends."""
   _prctl(_PR_SET_PDEATHSIG, how)
 
@@ -94,8 +99,7 @@ def hold_capabilities(kept: int, on_exec: bool = False) -> None:
   Raises:
     OSError: the kernel refused.
   """
-  header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-  words = (ctypes.c_uint32 * 6)()  # two of effective, permitted, inheritable
+  header, words = _capability_header, _capability_words
   _check_capability(_libc.capget(header, words), "capget")
   permitted = words[1] & kept
   inheritable = permitted if on_exec else 0
@@ -233,6 +237,16 @@ def parent(pid: int) -> int:
       return int(f.read().rpartition(b")")[2].split()[1])
   except (OSError, IndexError):
     return 0
+
+
+def is_exiting(pid: int) -> bool:
+  """Whether a process is on its way out, or gone."""
+  try:
+    with open(f"/proc/{pid}/stat", "rb") as f:
+      fields = f.read().rpartition(b")")[2].split()
+  except OSError:
+    return True
+  return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 
 
 def resident_kb(pid: int) -> int:

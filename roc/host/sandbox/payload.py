@@ -84,7 +84,5 @@ class Record:
 
 def read_code(job_fd: int) -> str:
   """Returns the code that `job_file` was given."""
-  data = b""
-  while part := os.pread(job_fd, 1 << 20, _CODE_AT + len(data)):
-    data += part
-  return data.decode("utf-8")
+  size = os.fstat(job_fd).st_size - _CODE_AT
+  return os.pread(job_fd, size, _CODE_AT).decode("utf-8")

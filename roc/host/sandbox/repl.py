@@ -46,6 +46,7 @@ _get_state, _set_state = random.getstate, random.setstate
 _exit = os._exit
 _set_trace, _set_profile = sys.settrace, sys.setprofile
 _threads = threading.enumerate
+_nowhere = types.ModuleType("nowhere")
 _main_thread = threading.main_thread
 _frames = sys._current_frames
 _ALL_SIGNALS = frozenset(signal.valid_signals())
@@ -88,10 +89,12 @@ def _run_next_cell(
   channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
 ) -> None:
   pid = _getpid()
+  _rehearse(reporter)
   channel.send(b"%s %d" % (HELLO, pid))
   cell, fds = _receive(channel, pid)
   code, record = payload.read_code(fds[0]), payload.Record(fds[0])
-  _renew_stdin(fds[1] if len(fds) > 1 else None)
+  if len(fds) > 1:
+    _renew_stdin(fds[1])
   os.close(fds[0])
   report.show_source(cell["file"], code)
   run = functools.partial(_run_cell, code, cell["file"], main)
@@ -110,6 +113,21 @@ def _run_next_cell(
     # Threads that go on would change the checkpoint under its guardian; a fork
     # leaves them behind. This process is killed from outside.
     linux.pause_forever()
+
+
+def _rehearse(reporter: report.Reporter) -> None:
+  """Does what a cell will do, while nobody waits.
+
+  A fork's first step on every page is a copy of it; these are then done.
+  """
+  with contextlib.suppress(BaseException):
+    _renew_stdin(None)
+    json.loads('{"file": "", "to": 0}')
+    nothing = functools.partial(_run_cell, "pass", "<none>", _nowhere)
+    script.execute(nothing, reporter)
+    verdict.pack_record(b"ok", "")
+    linux.flush_c_streams()
+    _settle()
 
 
 def _receive(channel: socket.socket, pid: int) -> tuple[dict, list[int]]:

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from roc import layout
 from roc.host.sandbox import (
@@ -23,8 +23,7 @@ _DISK_LOOK_S = 0.1
 _CHUNK = 1 << 16
 # Kept past the cap only to count them; a pipe holds no more after a kill.
 _DRAIN_BYTES = 4 << 20
-SCRATCH = b"/scratch"  # what the model reads for the call's directory
-_ADDRESS = re.compile(rb" at 0x[0-9a-f]{6,16}\b")
+_ADDRESS = re.compile(rb"( at|[Tt]hread) 0x[0-9a-f]{6,16}\b")
 
 
 @dataclasses.dataclass
@@ -75,18 +74,20 @@ class Stream:
         return
       seen += n
 
-  def text(self, hidden: tuple[bytes, ...] = ()) -> str:
+  def text(self, hidden: Sequence[tuple[bytes, bytes]] = ()) -> str:
     """Returns what was kept as text; a character the cap cut is left out.
 
     Args:
-      hidden: paths of the host, shown as `SCRATCH`. Addresses in the form that
-        `repr` gives them become zero: they differ from run to run.
+      hidden: paths of the host, and what is shown in place of each. Addresses
+        in the forms that `repr` and tracebacks of the C level give them become
+        zero: they differ from run to run.
     """
     data = cut_utf8(bytes(self.kept)) if self.is_over else bytes(self.kept)
-    for path in hidden:
-      data = data.replace(path, SCRATCH)
-    if b" at 0x" in data:
-      data = _ADDRESS.sub(b" at 0x0", data)
+    if b"/" in data:
+      for path, shown in hidden:
+        data = data.replace(path, shown)
+    if b" 0x" in data:
+      data = _ADDRESS.sub(rb"\1 0x0", data)
     return data.decode("utf-8", "replace")
 
   def hand_over(self) -> int:
@@ -145,7 +146,7 @@ class Running:
     job_fd: its `payload.job_file`.
     stdout: its standard output.
     stderr: its standard error.
-    hidden: text of host paths, which the model must not read.
+    hidden: paths of the host, and what the model reads in place of each.
     base_kb: resident size of what it was forked from.
     tag: see `linux.set_tag`.
     uid: that it runs under; None for the trainer's.
@@ -163,7 +164,7 @@ class Running:
   job_fd: int
   stdout: Stream
   stderr: Stream
-  hidden: tuple[bytes, ...] = ()
+  hidden: Sequence[tuple[bytes, bytes]] = ()
   base_kb: int = 0
   tag: int = 0
   uid: int | None = None

@@ -12,6 +12,8 @@ import os
 import stat
 
 WORK, TRASH = "work", "trash"
+SCRATCH = b"/scratch"  # what the model reads for the call's directory
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _ordinals = itertools.count(1)  # no name comes twice in a sandbox's life
 
 
@@ -22,11 +24,17 @@ class Places:
     root: the sandbox's directory.
     box: where an isolated call's disk in memory is; no directories are made
       then. "" otherwise.
+    library_dirs: where the interpreter's modules lie.
   """
 
-  def __init__(self, root: str, box: str = ""):
+  def __init__(self, root: str, box: str, library_dirs: list[str]):
     self._root = root
     self._box = box
+    # As in a report: what is left is the module's own path.
+    dirs = {os.path.join(d, "") for d in (*library_dirs, _PACKAGE) if d}
+    self._libraries = [
+      (os.fsencode(d), b"") for d in sorted(dirs, key=len, reverse=True)
+    ]
 
   def make(self, uid: int | None) -> str:
     """Returns a new directory that belongs to `uid`; "" in memory.
@@ -42,9 +50,13 @@ class Places:
       os.chown(path, uid, uid)
     return path
 
-  def hidden(self, path: str) -> tuple[bytes, ...]:
-    """Returns the paths that the model must not read, longest first."""
-    return (os.fsencode(path or self._box), os.fsencode(self._root))
+  def hidden(self, path: str) -> list[tuple[bytes, bytes]]:
+    """Returns paths that the model must not read, and what is shown instead."""
+    return [
+      (os.fsencode(path or self._box), SCRATCH),
+      (os.fsencode(self._root), SCRATCH),
+      *self._libraries,
+    ]
 
   def discard(self, path: str) -> None:
     """Empties a place at once; the keeper deletes what was in it."""

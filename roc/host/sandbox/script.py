@@ -4,6 +4,7 @@ The program may patch anything that it can reach, so the end is written
 defensively: what is needed afterwards is bound before it runs.
 """
 
+import _thread
 import atexit
 import builtins
 import contextlib
@@ -24,6 +25,8 @@ _RECURSION_LIMIT = 1000  # the interpreter's own default
 
 # Bound now: the program may replace the originals.
 _getpid = os.getpid
+_count_threads = _thread._count
+_at_threads_exit = threading._threading_atexits  # pyrefly: ignore
 _type_name = type.__dict__["__name__"].__get__  # no metaclass overrides this
 
 
@@ -51,7 +54,8 @@ def run(
   allow_depth(3)
   end = execute(program, reporter)
   with contextlib.suppress(BaseException):
-    threading._shutdown()  # pyrefly: ignore  # joins threads, as exit does
+    if _count_threads() or _at_threads_exit:
+      threading._shutdown()  # pyrefly: ignore  # joins threads, as exit does
   with contextlib.suppress(BaseException):
     atexit._run_exitfuncs()
   with contextlib.suppress(BaseException):

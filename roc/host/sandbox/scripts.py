@@ -1,6 +1,7 @@
 """The supervisor's one-shot calls: each a program, a process, a directory."""
 
 import contextlib
+import signal
 from collections.abc import Callable
 
 from roc import layout
@@ -116,6 +117,9 @@ class Scripts:
 
   def _main_ended(self, call: running.Running, status: int, usage) -> None:
     call.ended(status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    is_shot = status == signal.SIGKILL and call.killed_for is None
+    if is_shot and call.init_pid and linux.is_exiting(call.init_pid):
+      call.setup_failure = births_lib.SHOT
     self._births.end_init(call.init_pid)
 
   def next_look(self) -> float:

@@ -13,8 +13,9 @@ import signal
 import socket
 import struct
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from roc import layout
 from roc.host.sandbox import contract, linux, payload, repl, running
 
 _CREDENTIALS = struct.Struct("3i")
@@ -55,6 +56,7 @@ class Session:
     birth: number of its birth.
     killed_at: when the running cell was first killed; 0.0 before.
     settle_at: when strays are to be looked for again; 0.0 for never.
+    hello_by: when a runner must be there.
     is_born: its processes are known; the runner may say hello before that.
     is_dead: it is over, and its rest is being cleaned up.
   """
@@ -81,6 +83,7 @@ class Session:
   birth: int = 0
   killed_at: float = 0.0
   settle_at: float = 0.0
+  hello_by: float = 0.0
   is_born: bool = False
   is_dead: bool = False
 
@@ -90,7 +93,9 @@ class Session:
     is_free = self.cell is None and not self.settle_at and not self.is_dead
     return self.is_born and bool(self.runner) and is_free
 
-  def start(self, cell: Cell, hidden: tuple[bytes, ...]) -> running.Running:
+  def start(
+    self, cell: Cell, hidden: Sequence[tuple[bytes, bytes]]
+  ) -> running.Running:
     """Hands a cell to the runner.
 
     Raises:
@@ -196,6 +201,12 @@ class Session:
     self.channel.close()
     os.close(self.stdout_fd)
     os.close(self.stderr_fd)
+
+
+def lost() -> contract.ToolResult:
+  """Returns the result of a cell whose session ended before it could run."""
+  crash = layout.ToolStatus.CRASH
+  return contract.ToolResult(crash, stderr=LOST, signal=signal.SIGKILL)
 
 
 def is_word(words: list[bytes], word: bytes, n_numbers: int) -> bool:

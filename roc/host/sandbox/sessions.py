@@ -15,6 +15,7 @@ from roc.host.sandbox import contract, linux, loop, routing, running, scratch
 from roc.host.sandbox import session as session_lib
 
 _PATIENCE_S = 0.9  # for a guardian to say what it must
+_HELLO_S = 5.0  # for the next runner to be there
 _SETTLE_S = 0.002
 _SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
@@ -114,6 +115,7 @@ class Sessions:
   def _opened(self, live: session_lib.Session, born: births_lib.Born) -> None:
     live.main_pid, live.init_pid = born.pid, born.init_pid
     live.base_kb, live.is_born = born.base_kb, True
+    live.hello_by = time.monotonic() + _HELLO_S
     if not born.pid:
       self._lose(live, born.why_not)
     elif live.is_dead:
@@ -128,13 +130,14 @@ class Sessions:
     try:
       live.start(cell, self._places.hidden(live.scratch))
     except OSError:
-      self._refuse(cell.message["id"], session_lib.LOST)
+      live.waiting.appendleft(cell)
       self._lose(live)
 
   def _hear(self, live: session_lib.Session) -> None:
     heard = live.receive()
     if heard is None:
-      self._lose(live)
+      is_shot = live.init_pid and linux.is_exiting(live.init_pid)
+      self._lose(live, births_lib.SHOT if is_shot else "")
       return
     words, sender = heard
     cell = live.cell
@@ -152,12 +155,14 @@ class Sessions:
         linux.resident_kb(sender),
       )
       live.drop_runner()  # it becomes the guardian; another will say hello
+      live.hello_by = cell.ended_at + _HELLO_S
       self._finish(live)
     elif (
       session_lib.is_word(words, session_lib.DIED, 3) and sender == live.guard
     ):
       cell.ended(int(words[1]), float(words[2]), int(words[3]))
       cell.next_look = cell.ended_at + _PATIENCE_S
+      live.hello_by = cell.ended_at + _HELLO_S
       live.drop_runner()  # the result waits for hello: see `_settle`
 
   def _settle(self, live: session_lib.Session) -> None:
@@ -203,6 +208,9 @@ class Sessions:
     for live in list(self._all.values()):
       if live.settle_at and now >= live.settle_at:
         self._settle(live)
+      if live.is_born and not live.runner and now >= live.hello_by:
+        self._lose(live)  # held up by something that a cell left behind
+        continue
       cell = live.cell
       if cell is None or now < cell.next_look:
         continue
@@ -269,9 +277,15 @@ class Sessions:
     if live.cell is not None:
       if not live.cell.is_ended:
         live.cell.ended(9, linux.cpu_seconds(live.runner), 0)
+      if live.cell.killed_for is None:
+        live.cell.setup_failure = why
       self._finish(live, session_lib.LOST)
     for cell in live.waiting:
-      self._refuse(cell.message["id"], why or session_lib.LOST)
+      if why:
+        self._refuse(cell.message["id"], why)
+      else:  # what an earlier cell left behind has ended it
+        self.n_running -= 1
+        self._answer(cell.message["id"], session_lib.lost())
     live.waiting.clear()
     self._births.forget(live.birth)
     self._kill(live)

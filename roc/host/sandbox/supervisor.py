@@ -134,7 +134,7 @@ class Supervisor:
 
   def _furnish(self, box: str) -> None:
     """Makes what runs calls, under the plan in force."""
-    places = scratch.Places(self._root, box)
+    places = scratch.Places(self._root, box, self._fleet.library_dirs)
     self._scripts = scripts.Scripts(
       self._births, places, self._events, self._orphans_of, self._answer
     )
@@ -303,6 +303,7 @@ class Supervisor:
       self._checked = result
       return
     self._send({"op": "result", "id": call_id, "result": result.to_fields()})
+    self._flush()
 
   # ---------------------------------------------------------------- processes
 
