@@ -89,8 +89,8 @@ def _run_next_cell(
   channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
 ) -> None:
   pid = _getpid()
-  _rehearse(reporter)
   channel.send(b"%s %d" % (HELLO, pid))
+  _rehearse(reporter)
   cell, fds = _receive(channel, pid)
   code, record = payload.read_code(fds[0]), payload.Record(fds[0])
   if len(fds) > 1:
@@ -116,7 +116,7 @@ def _run_next_cell(
 
 
 def _rehearse(reporter: report.Reporter) -> None:
-  """Does what a cell will do, while nobody waits.
+  """Does what a cell will do, most often while nobody waits.
 
   A fork's first step on every page is a copy of it; these are then done.
   """

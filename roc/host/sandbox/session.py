@@ -187,12 +187,12 @@ class Session:
       orphans: gives the supervisor's own children that carry a tag; what a
         session without a pid namespace leaves behind is among them.
     """
-    tops = [self.main_pid, self.guard, self.runner]
-    tops += [self.init_pid] if self.init_pid else orphans(self.tag)
-    found = {*tops}
-    for top in set(tops):
-      if top:
-        found.update(linux.descendants(top, 1000))
+    tops = {self.main_pid, self.init_pid}
+    if not self.init_pid:  # there it adopts whatever is orphaned
+      tops |= {self.guard, self.runner, *orphans(self.tag)}
+    found = set(tops)
+    for top in tops - {0}:
+      found.update(linux.descendants(top, 1000))
     return [*(found - {0, self.guard, self.runner, self.init_pid})]
 
   def close(self) -> None:
