@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import socket
+import typing
 
 NEWNS = 0x00020000
 NEWUTS = 0x04000000
@@ -212,20 +213,26 @@ def _start_midwife() -> tuple[int, socket.socket]:
   """
   ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
   pid = bare_fork(SIBLING)
-  if pid != 0:
-    theirs.close()
-    return pid, ours
-  ours.close()
-  _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+  if pid == 0:
+    ours.close()
+    _be_midwife(theirs)
+  theirs.close()
+  return pid, ours
+
+
+def _be_midwife(sock: socket.socket) -> typing.NoReturn:
+  """Makes a pid namespace for every byte that comes, until none can come."""
+  _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
   try:
-    while theirs.recv(1):
+    while sock.recv(1):
       try:
         answer = start_first_process()
       except OSError as error:
         answer = -(error.errno or 1)
-      theirs.send(b"%d" % answer)
+      sock.send(b"%d" % answer)
   finally:
     os._exit(0)
+  raise AssertionError("unreachable")
 
 
 def keep_mounts_private() -> None:
