@@ -96,6 +96,7 @@ def started_sandbox(
     sandbox = host.make_sandbox().__enter__()
   except contract.SandboxError as e:
     raise errors.UserError(f"the sandbox cannot start: {e}") from e
+  say(f"sandbox: tier {sandbox.tier} (docs/sandbox.md says what that confines)")
   try:
     yield sandbox
   finally:

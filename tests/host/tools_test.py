@@ -1,5 +1,6 @@
 """The toolbox: what runs, what is rejected at once, what the model reads."""
 
+import json
 from concurrent import futures
 
 import pytest
@@ -129,3 +130,58 @@ def test_schema_types_defaults_and_missing_descriptions():
   assert parameters["properties"]["flag"]["type"] == "boolean"
   with pytest.raises(ValueError, match="'n' needs a type"):
     tools.tool_schema(bad)
+
+
+class _Recorder:
+  def __init__(self):
+    self.asked, self.ended = [], []
+
+  def submit(self, code, **kw):
+    self.asked.append((code, kw))
+    return futures.Future()
+
+  def end_trajectory(self, trajectory):
+    self.ended.append(trajectory)
+
+
+def _ask(tool, arguments, name=""):
+  sandbox = _Recorder()
+  box = tools.Toolbox(sandbox, tool=tool)
+  body = json.dumps({"name": name or box.tool_name, "arguments": arguments})
+  call = calls.read_call(body, box.spec)
+  box.submit(call, trajectory="t")
+  box.end_trajectory("t")
+  return call.error, sandbox
+
+
+def test_a_program_may_bring_its_input():
+  error, sandbox = _ask("python", {"code": "x", "stdin": "5\n"})
+  assert error is None
+  ((code, kw),) = sandbox.asked
+  assert (code, kw["stdin"]) == ("x", "5\n") and "tool" not in kw
+  assert sandbox.ended == []
+
+
+@pytest.mark.parametrize("tool", ["session", "jupyter_code"])
+def test_a_cell_goes_to_the_session_that_ends_with_its_rollout(tool):
+  error, sandbox = _ask(tool, {"code": "x"})
+  assert error is None
+  assert sandbox.asked[0][1]["tool"] == "session"
+  assert sandbox.ended == ["t"]
+
+
+def test_the_released_tool_wants_code_and_input():
+  name = "python_code_with_standard_io"
+  error, sandbox = _ask(name, {"code": "x", "input": "5"})
+  assert (error, sandbox.asked[0][1]["stdin"]) == (None, "5")
+  schema = tools.Toolbox(sandbox, tool=name).schema["function"]
+  assert schema["name"] == name
+  assert schema["parameters"]["required"] == ["code", "input"]
+  for arguments in ({"code": "x"}, {"code": "x", "input": 5}):
+    error, sandbox = _ask(name, arguments)
+    assert (error, sandbox.asked) == ("bad arguments", [])
+
+
+def test_an_unknown_tool_is_named():
+  with pytest.raises(ValueError, match="'calculator' is unknown"):
+    tools.Toolbox(_Recorder(), tool="calculator")

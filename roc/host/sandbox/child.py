@@ -154,24 +154,26 @@ def _prepare(job: Job) -> Callable[[], int]:
   stdout, stderr, *others = job.fds
   os.dup2(stdout, 1)
   os.dup2(stderr, 2)
-  go: Callable[[], int]
-  if request["tool"] == "session":
-    channel = socket.socket(fileno=os.dup2(others[0], CHANNEL_FD, False))
-    # No frame of its own, so that a cell is as deep in the stack as a script.
-    go = functools.partial(repl.serve, channel, context.main, reporter)
-    first_closed = CHANNEL_FD + 1
-  else:
-    code, record = payload.read_code(others[0]), payload.Record(others[0])
-    if len(others) > 1:
-      os.dup2(others[1], 0)
-    report.show_source(report.TOOL_FILE, code)
-    go = lambda: script.run(code, context.main, record, reporter)
-    first_closed = 3
-  context.confinement.lock(
-    scratch, uid, lambda: _set_limits(limits, context, uid is not None)
+  lock = functools.partial(
+    context.confinement.lock,
+    scratch,
+    uid,
+    lambda: _set_limits(limits, context, uid is not None),
   )
-  os.closerange(first_closed, context.ceilings[resource.RLIMIT_NOFILE])
-  return go
+  ceiling = context.ceilings[resource.RLIMIT_NOFILE]
+  if request["tool"] == "session":
+    lock()
+    channel = socket.socket(fileno=os.dup2(others[0], CHANNEL_FD, False))
+    os.closerange(CHANNEL_FD + 1, ceiling)
+    # No frame of its own, so that a cell is as deep in the stack as a script.
+    return functools.partial(repl.serve, channel, context.main, reporter)
+  code, record = payload.read_code(others[0]), payload.Record(others[0])
+  if len(others) > 1:
+    os.dup2(others[1], 0)
+  report.show_source(report.TOOL_FILE, code)
+  lock()
+  os.closerange(3, ceiling)
+  return lambda: script.run(code, context.main, record, reporter)
 
 
 def _live_in(scratch: str, reporter: report.Reporter) -> None:

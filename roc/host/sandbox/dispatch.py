@@ -15,6 +15,7 @@ from roc import layout
 from roc.host.sandbox import calls, contract, figures, link, waiting
 
 _RESTART_PAUSES_S = (0.0, 0.2, 1.0)
+_LATE_LOOK_S = 0.25  # between two looks for calls that have waited too long
 
 
 class Dispatcher:
@@ -44,13 +45,15 @@ class Dispatcher:
     self._queue = waiting.FairQueue(queue_size)
     self._sent: dict[int, calls.Call] = {}
     self._busy: set[str] = set()  # sessions with a cell at the supervisor
-    self._used: set[str] = set()  # sessions that hold something
+    self._opened: set[str] = set()  # sessions that a cell was sent to
+    self._used: set[str] = set()  # of these, those that hold something
     self._lost: set[str] = set()  # sessions that the sandbox lost
     self._pump: threading.Thread | None = None
     self._is_closing = True
     self._down_reason = ""
     self._figures = figures.Figures()
     self._restarts = 0
+    self._next_late_look = 0.0
     self.link: link.Link | None = None
 
   # ---------------------------------------------------------------- lifecycle
@@ -161,10 +164,10 @@ class Dispatcher:
       for call in self._sent.values():
         if call.trajectory == trajectory:
           self._cancel_sent(call)
-      if name in self._used or name in self._busy:
+      if name in self._opened:
         self._tell({"op": "end", "session": name})
-      self._used.discard(name)
-      self._lost.discard(name)
+      for sessions in (self._opened, self._used, self._lost):
+        sessions.discard(name)
       self._has_room.notify_all()
     self.fail(queued, "cancelled", "cancelled")
 
@@ -191,6 +194,7 @@ class Dispatcher:
       self._sent[call.id] = call
       if call.session:
         self._busy.add(call.session)
+        self._opened.add(call.session)
       self._tell(call.message)
 
   # ------------------------------------------------------------------ results
@@ -208,10 +212,13 @@ class Dispatcher:
 
   def _is_waiting(self) -> bool | None:
     """True while calls are out, None when the sandbox is being closed."""
-    with self._lock:
-      late = self._queue.take_late(self._queue_timeout_s)
-      self._has_room.notify_all()
-    self.fail(late, "the call waited too long in the queue", "queue")
+    now = time.monotonic()
+    if now >= self._next_late_look:
+      self._next_late_look = now + _LATE_LOOK_S
+      with self._lock:
+        late = self._queue.take_late(self._queue_timeout_s)
+        self._has_room.notify_all()
+      self.fail(late, "the call waited too long in the queue", "queue")
     return None if self._is_closing else bool(self._sent)
 
   def _take(self, message: dict) -> None:
@@ -249,8 +256,8 @@ class Dispatcher:
   def _forget_sessions(self) -> None:
     """Notes that every session is gone with its supervisor."""
     self._lost |= self._used
-    self._used.clear()
-    self._busy.clear()
+    for sessions in (self._opened, self._used, self._busy):
+      sessions.clear()
 
   def _restart(self) -> link.Link | None:
     """Starts another supervisor; what cannot be run again fails."""
@@ -329,5 +336,5 @@ class Dispatcher:
         "restarts": self._restarts,
         "queued": len(self._queue),
         "running": len(self._sent),
-        "sessions": len(self._used | self._busy),
+        "sessions": len(self._opened),
       }
