@@ -1,7 +1,7 @@
 """What a caller hands to the sandbox and what comes back; nothing else.
 
 Both sides of the process border import this file: the trainer's client and the
-exec'd server. So it holds plain frozen records over JSON-able values.
+exec'd supervisor. So it holds plain frozen records over JSON-able values.
 """
 
 import dataclasses

@@ -85,14 +85,14 @@ class Dispatcher:
     """Ends the supervisor and every call; idempotent."""
     with self._lock:
       self._is_closing = True
-      pump, server = self._pump, self.link
+      pump, peer = self._pump, self.link
       open_calls = [*self._queue.take_all(), *self._sent.values()]
       self._sent.clear()
       self._forget_sessions()
       self._has_room.notify_all()
     self.fail(open_calls, "the sandbox was closed")
-    if server is not None:
-      server.close()
+    if peer is not None:
+      peer.close()
     if pump is not None and pump is not threading.current_thread():
       pump.join()
     self._pump = self.link = None
@@ -201,14 +201,14 @@ class Dispatcher:
 
   def _pump_results(self) -> None:
     """Thread: takes results; when the supervisor dies, starts another one."""
-    server = self.link
-    while server is not None:
-      for message in server.results(self._is_waiting):
+    peer = self.link
+    while peer is not None:
+      for message in peer.results(self._is_waiting):
         self._take(message)
       if self._is_closing:
         return
-      server.close()
-      server = self._restart()
+      peer.close()
+      peer = self._restart()
 
   def _is_waiting(self) -> bool | None:
     """True while calls are out, None when the sandbox is being closed."""
@@ -283,16 +283,16 @@ class Dispatcher:
       if self._is_closing:
         return None
       try:
-        server = self._connect()
+        peer = self._connect()
       except contract.SandboxError as error:
         reason = str(error)
         continue
       with self._lock:
         if not self._is_closing:
-          self.link = server
+          self.link = peer
           self._dispatch()
-          return server
-      server.close()
+          return peer
+      peer.close()
       return None
     with self._lock:
       self._down_reason = reason

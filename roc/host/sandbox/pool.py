@@ -104,7 +104,7 @@ class Sandbox:
     self.close()
 
   def start(self) -> "Sandbox":
-    """Starts the server and checks it with one call; returns self.
+    """Starts the processes and checks them with one call; returns self.
 
     Raises:
       contract.SandboxError: not Linux, `min_tier` out of reach, or no

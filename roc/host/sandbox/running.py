@@ -1,4 +1,4 @@
-"""One call while it runs, as the server sees it: pipes, clocks, evidence."""
+"""One call while it runs, seen from outside: pipes, clocks, evidence."""
 
 import contextlib
 import dataclasses
@@ -217,13 +217,6 @@ class Running:
     self.pid = pid
     self.started = time.monotonic()
     self.next_look = self.started + min(_FIRST_LOOK_S, self.limits.wall_s)
-
-  def stream_of(self, fd: int) -> Stream | None:
-    """Returns the stream that reads from `fd`, if it is one of this call's."""
-    for stream in (self.stdout, self.stderr):
-      if stream.read_fd == fd and not stream.is_closed:
-        return stream
-    return None
 
   def find_excess(self, now: float) -> tuple[layout.ToolStatus, str] | None:
     """Returns the bound that the call has broken and its cause, or None."""

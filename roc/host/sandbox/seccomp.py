@@ -26,7 +26,7 @@ from collections.abc import Callable
 _ALWAYS_DENIED = """
   # The network. socketpair stays (see below): asyncio wakes itself through one.
   socket 41 198, connect 42 203, bind 49 200, listen 50 201,
-  # Other processes of the same user: the server, the trainer, another call.
+  # Other processes of the same user: the supervisor, the trainer, another call.
   ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271,
   process_madvise 440 440, process_mrelease 448 448, kcmp 312 272,
   pidfd_getfd 438 438, migrate_pages 256 238, move_pages 279 239,
