@@ -37,7 +37,7 @@ from roc.host.sandbox import (
 )
 
 _SWEEP_S = 0.25
-_PATIENCE_S = 2.0  # for the last processes to be gone
+_PATIENCE_S = 10.0  # for the last processes to be gone
 _FDS_PER_CALL = 16
 _LARGE = 1 << 18
 
