@@ -161,6 +161,9 @@ def test_running_calls_survive_their_zygotes(own_box, tools, tool):
     os.kill(pid, signal.SIGKILL)
   assert [f.result().stdout for f in futures] == ["slept\n"] * 2
   assert {f.result().retries for f in futures} == {0}
+  for i in range(2):
+    own_box.end_trajectory(i)
+  assert tools.wait_until(lambda: not tools.survivors(own_box))
 
 
 def test_shot_zygotes_are_back_within_two_seconds(own_box, tools):
