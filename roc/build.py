@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Generator, Sequence
+import types
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import rich.console
 
 from roc import config as config_lib
 from roc import config_checks, errors, rollout, runlog, wiring
-from roc.device import checkpoint, engine, model, sampling, sharding
+from roc.device import checkpoint, engine, manifest, model, sampling, sharding
 from roc.device import step as step_lib
 from roc.host import tools
 from roc.host.sandbox import contract
@@ -61,6 +62,22 @@ def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:
   return sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
 
 
+def make_engine(
+  policy: model.Policy,
+  settings: sampling.SamplingConfig,
+  host: wiring.HostParts,
+) -> engine.Engine:
+  """An engine that stops where the host's chat format ends a turn."""
+  if host.chat.find_stop is not None:
+    say(
+      "the tokenizer has no single token for the end of a turn, so the host"
+      " looks for it after every chunk: slower, and otherwise the same"
+    )
+  return engine.Engine(
+    policy, settings, host.chat.stop_ids, find_stop=host.chat.find_stop
+  )
+
+
 def make_loop(
   policy: model.Policy,
   settings: sampling.SamplingConfig,
@@ -73,9 +90,13 @@ def make_loop(
     errors.UserError: answers cannot be checked here; says why.
   """
   limits = rollout.Limits(
-    settings.max_turns, settings.max_tokens, settings.max_calls
+    settings.max_turns,
+    settings.max_tokens,
+    settings.max_calls,
+    settings.call_deadline,
+    settings.rollout_deadline,
   )
-  sampler = engine.Engine(policy, settings, host.chat.stop_ids)
+  sampler = make_engine(policy, settings, host)
   try:
     score = host.make_score(toolbox.sandbox)
   except contract.SandboxError as e:
@@ -114,14 +135,23 @@ def claim(
   host: wiring.HostParts,
   workdir: pathlib.Path,
   program: str,
+  data: Mapping[str, str] = types.MappingProxyType({}),
 ) -> runlog.Run:
-  """Makes `workdir` this run's own (`runlog.claim`)."""
+  """Makes `workdir` this run's own (`runlog.claim`).
+
+  Args:
+    cfg: its configuration.
+    host: its host side.
+    workdir: its directory.
+    program: its name.
+    data: what else makes the run that run, such as a digest of its input.
+  """
   return runlog.claim(
     workdir,
     program,
     config_json=config_lib.to_json(cfg),
     gin_text=host.gin_text,
-    identity=config_lib.identity(cfg, program),
+    identity=config_lib.identity(cfg, program) | dict(data),
   )
 
 
@@ -131,20 +161,26 @@ def first_state(
   """Parameters of `init_from`, or fresh ones, with a fresh optimizer."""
   if not cfg.init_from:
     return learner.init(jax.random.key(cfg.seed))
-  params, where = load_params(cfg.init_from, learner.abstract_state.params)
-  say(where)
-  return learner.start_from(params)
+  loaded = load_params(cfg.init_from, learner.abstract_state.params)
+  say(loaded.where)
+  return learner.start_from(loaded.params)
 
 
-def load_params(source: str, abstract_params: Any) -> tuple[Any, str]:
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """Parameters and the checkpoint that they came from."""
+
+  params: Any
+  name: str  # its step and checksum, as a record keeps them
+  where: str  # a line for people
+
+
+def load_params(source: str, abstract_params: Any) -> Loaded:
   """Parameters of the newest whole checkpoint of a run.
 
   Args:
     source: a workdir, or the `checkpoints` directory in it.
     abstract_params: shapes, dtypes and shardings to restore to.
-
-  Returns:
-    The parameters and a line that says where they came from.
 
   Raises:
     errors.UserError: there is no whole checkpoint, or one of another model.
@@ -157,11 +193,16 @@ def load_params(source: str, abstract_params: Any) -> tuple[Any, str]:
   if restored is None:
     raise errors.UserError(
       f"no checkpoint under {source}; train one first, or point "
-      "config.init_from (for evaluate: --workdir) at a run's directory"
+      "config.init_from (for evaluate and rollout: --workdir) at a run's"
+      " directory"
     )
   notes = "; ".join(restored.notes)
-  where = f"parameters from {checkpoints.path(restored.step)}"
-  return restored.state["params"], where + (f" ({notes})" if notes else "")
+  found = checkpoints.path(restored.step)
+  return Loaded(
+    restored.state["params"],
+    name=f"step {restored.step}, {manifest.fingerprint(found)}",
+    where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
+  )
 
 
 def abstract_params(policy: model.Policy, mesh: jax.sharding.Mesh) -> Any:

@@ -11,6 +11,7 @@ import pathlib
 import re
 import traceback
 import typing
+from collections.abc import Sequence
 from typing import Literal
 
 from absl import flags
@@ -26,6 +27,16 @@ if typing.TYPE_CHECKING:
 # What --config means to a command: it must be given, it is by default the one
 # that the workdir was made with, or there is none.
 Source = Literal["needed", "saved", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+  """A short flag of one command that stands for a setting."""
+
+  flag: str
+  setting: str
+  value: str  # what it takes, as help shows it
+  about: str
 
 
 def define_flags() -> flags.FlagValues:
@@ -53,7 +64,10 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse(
-  name: str, argv: list[str], source: Source
+  name: str,
+  argv: list[str],
+  source: Source,
+  aliases: Sequence[Alias] = (),
 ) -> tuple[flags.FlagValues, "config_lib.Config | None"]:
   """Reads the flags of a command.
 
@@ -61,6 +75,7 @@ def parse(
     name: of the command.
     argv: what follows it.
     source: what --config means to it.
+    aliases: its short flags.
 
   Returns:
     The flags, and the configuration unless the command has none.
@@ -69,6 +84,8 @@ def parse(
     errors.UserError: whatever is wrong with them.
   """
   spec, argv = _take_config_path(argv)
+  for alias in aliases:
+    argv = _spell_out(argv, alias)
   values = define_flags()
   overrides = [arg for arg in argv if re.match(r"--?(no)?config\.", arg)]
   if source == "none":
@@ -80,8 +97,10 @@ def parse(
     return values, None
   from roc import config as config_lib  # slow: brings jax
 
-  known = list(config_lib.flatten(config_lib.Config()))
-  _check_overrides(overrides, known)
+  settings = list(config_lib.flatten(config_lib.Config()))
+  _check_overrides(overrides, settings)
+  known = [f"config.{key}" for key in settings]
+  known += [alias.flag for alias in aliases]
   argv = [_as_tuple(arg) for arg in argv]
   if spec:
     config = _load_experiment(spec)
@@ -109,8 +128,7 @@ def _parse_flags(
   try:
     rest = values(["roc", *argv])[1:]
   except flags.UnrecognizedFlagError as e:
-    names = [*values, "config", *(f"config.{key}" for key in known)]
-    hint = errors.closest(e.flagname, names)
+    hint = errors.closest(e.flagname, [*values, "config", *known])
     raise errors.UserError(f"there is no flag --{e.flagname}{hint}") from None
   except (flags.Error, TypeError, ValueError) as e:
     text = str(e).splitlines()[0].replace("flag --", "--", 1)
@@ -138,6 +156,25 @@ def _take_config_path(argv: list[str]) -> tuple[str, list[str]]:
         "--config needs a file, as in --config=experiments/quickstart.py"
       )
   return spec, rest
+
+
+def _spell_out(argv: list[str], alias: Alias) -> list[str]:
+  """Writes `--flag=VALUE` and `--flag VALUE` as the setting's own flag."""
+  spelt = []
+  remaining = iter(argv)
+  for arg in remaining:
+    flag, has_value, value = arg.lstrip("-").partition("=")
+    if not arg.startswith("-") or flag != alias.flag:
+      spelt.append(arg)
+      continue
+    if not has_value:
+      value = next(remaining, "--")
+      if value.startswith("--"):
+        raise errors.UserError(
+          f"--{flag} needs a value, as in --{flag}={alias.value}"
+        )
+    spelt.append(f"--config.{alias.setting}={value}")
+  return spelt
 
 
 def _check_overrides(overrides: list[str], known: list[str]) -> None:

@@ -57,6 +57,7 @@ class TrainConfig:
   minibatches: int = 1  # optimizer steps per batch of rollouts
   microbatch_rows: int = 0  # rows per gradient accumulation; 0: all at once
   buckets: tuple[int, ...] = (96, 128, 192, 256)  # padded lengths of a batch
+  replay: str = ""  # directory of saved rollouts to train on; empty: draw them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,20 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CollectConfig:
+  """Rollouts of a checkpoint, saved to be read; only `rollout` reads it."""
+
+  task: Literal["eval", "train"] = "eval"  # the host's eval_task or train_task
+  first: int = 0  # place of the first problem in the task's order
+  n_problems: int = 64  # problems from there
+  samples: int = 8  # rollouts per problem
+  shard: int = 32  # problems per file
+  # Stands for the number of a step in the random streams: another value gives
+  # other rollouts. Training counts from 1, evaluation has 2**31 - 1.
+  step: int = 2**31 - 2
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareConfig:
   """The comparison of filters; only `compare` reads it."""
 
@@ -136,6 +151,7 @@ class Config:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
+  collect: CollectConfig = CollectConfig()
   compare: CompareConfig = CompareConfig()
   host: HostConfig = HostConfig()
 
@@ -206,7 +222,9 @@ def help_texts() -> dict[str, str]:
 
 # These change how often something is saved or shown, or where, and nothing
 # that a run computes.
-_NOT_IDENTITY = ("checkpoint.", "log.", "eval.every", "compare.", "host.")
+_NOT_IDENTITY = (
+  *("checkpoint.", "log.", "eval.every", "collect.", "compare.", "host."),
+)
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {
   "sft": ("train.", "loss.", "filter."),
@@ -234,8 +252,11 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
     for key, value in flatten(config).items()
     if not key.startswith(left_out)
   }
-  if flat.get("init_from"):
-    flat["init_from"] = os.path.normpath(config.init_from)
+  for key in ("init_from", "train.replay"):
+    if flat.get(key):
+      flat[key] = os.path.normpath(str(flat[key]))
+  if not flat.get("train.replay"):
+    flat.pop("train.replay", None)  # a run from before there was such a setting
   for section in ("train", "sft"):
     if flat.get(f"{section}.schedule") == "constant":
       del flat[f"{section}.steps"]

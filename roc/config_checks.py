@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from roc import errors
+from roc.device import paged_tpu
 
 if TYPE_CHECKING:
   from roc import config as config_lib
@@ -58,11 +59,12 @@ def _check_ranges(c: "config_lib.Config") -> None:
     1,
     *("mesh.data", "mesh.fsdp", "mesh.tensor"),
     *("sampling.n_slots", "sampling.chunk", "sampling.extend_chunk"),
-    *("sampling.extend_rows",),
+    *("sampling.extend_rows", "sampling.page", "sampling.cache_length"),
     *("sampling.max_turns", "sampling.max_tokens", "sampling.max_calls"),
     *("loss.logprob_chunk", "train.steps", "train.prompts"),
     *("train.minibatches", "sft.n_demos", "sft.steps", "sft.rows"),
     *("eval.n_problems", "eval.samples", "checkpoint.every"),
+    *("collect.n_problems", "collect.samples", "collect.shard"),
     *(
       "checkpoint.keep",
       "compare.seeds",
@@ -79,10 +81,16 @@ def _check_ranges(c: "config_lib.Config") -> None:
     *("loss.entropy_coef", "filter.min_pos", "filter.min_neg"),
     *("train.warmup", "train.weight_decay", "train.grad_clip"),
     *("train.microbatch_rows", "sft.microbatch_rows", "sft.warmup"),
-    *("sft.weight_decay",),
+    *("sft.weight_decay", "sampling.cache_tokens"),
+    *("sampling.call_deadline", "sampling.rollout_deadline"),
     *("sft.grad_clip", "eval.every", "eval.temperature", "log.traces_every"),
+    *("collect.first", "collect.step"),
   )
   _require(c.seed < 2**32, f"config.seed must be less than 2**32, got {c.seed}")
+  _require(
+    c.collect.step < 2**31,
+    f"config.collect.step must be less than 2**31, got {c.collect.step}",
+  )
 
 
 def _check_model(c: "config_lib.Config") -> None:
@@ -90,6 +98,7 @@ def _check_model(c: "config_lib.Config") -> None:
   for name, choices in (
     ("dtype", ("float32", "bfloat16")),
     ("remat", ("none", "full")),
+    ("attention", ("auto", "xla", "pallas")),
   ):
     value = getattr(m, name)
     hint = errors.closest(value, choices)
@@ -106,6 +115,11 @@ def _check_model(c: "config_lib.Config") -> None:
   _require(
     m.head_dim >= 2 and m.head_dim % 2 == 0,
     f"config.model.head_dim must be even, got {m.head_dim}",
+  )
+  objection = paged_tpu.objection(m.n_kv_heads, m.head_dim, m.dtype)
+  _require(
+    m.attention != "pallas" or not objection,
+    f"config.model.attention=pallas {objection}; set it to auto or xla",
   )
   _require(
     m.rope_theta > 0 and m.norm_eps > 0,
@@ -133,6 +147,15 @@ def _check_sampling(c: "config_lib.Config") -> None:
   )
   _require(
     0 < s.top_p <= 1, f"config.sampling.top_p must be in (0, 1], got {s.top_p}"
+  )
+  _require(
+    0 <= s.min_p <= 1, f"config.sampling.min_p must be in [0, 1], got {s.min_p}"
+  )
+  _require(
+    s.cache_tokens == 0 or s.cache_tokens >= s.cache_length,
+    f"config.sampling.cache_tokens ({s.cache_tokens}) must hold at least one"
+    f" rollout of config.sampling.cache_length ({s.cache_length}); raise the"
+    " first, or set it to 0 for the cache of n_slots rollouts",
   )
   _require(
     s.max_tokens < s.cache_length,

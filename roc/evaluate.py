@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -19,12 +20,14 @@ import rich.table
 from roc import build, layout, rollout, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
-from roc.device import engine, model
+from roc.device import engine, model, sampling
+from roc.host import chat as chat_lib
 from roc.host import episode as episode_lib
 from roc.host import rewards, tools
+from roc.host.tasks import problem as problem_lib
 
 # Steps count up from 0, so this stream of random numbers is nobody else's.
-_EVAL_STEP = 2**31 - 1
+EVAL_STEP = 2**31 - 1
 # Enough for the longest answer; not more, where a slot has no room for it.
 _HEAD_TOKENS = 24
 
@@ -57,7 +60,7 @@ class Evaluator:
     self._head = None
     if cfg.eval.head:
       greedy = dataclasses.replace(settings, temperature=0.0)
-      self._head = engine.Engine(policy, greedy, host.chat.stop_ids)
+      self._head = build.make_engine(policy, greedy, host)
 
   def run(
     self,
@@ -76,7 +79,7 @@ class Evaluator:
       self._problems,
       e.samples,
       seed=self._cfg.seed,
-      step=_EVAL_STEP,
+      step=EVAL_STEP,
       on_finished=on_finished,
     )
     row = {f"eval/heldout/{k}": v for k, v in summarise(groups).items()}
@@ -84,7 +87,7 @@ class Evaluator:
       self._head.set_params(params)
       chat = self._loop.chat
       room = self._cfg.sampling.max_tokens - len(chat.answer_prefix_ids())
-      texts = rollout.draw_from_head(
+      texts = draw_from_head(
         self._head,
         chat,
         self._problems,
@@ -97,6 +100,51 @@ class Evaluator:
       ]
       row["eval/head/accuracy"] = float(np.mean(right))
     return row, groups
+
+
+def draw_from_head(
+  sampler: rollout.Sampler,
+  chat: chat_lib.ChatFormat,
+  problems: Sequence[problem_lib.Problem],
+  *,
+  seed: int,
+  max_tokens: int,
+) -> list[str]:
+  r"""What the policy answers when it may not use the tool.
+
+  Its turn is opened with `<answer>\boxed{` already written, so that all it can
+  do is to fill in the box.
+
+  Returns:
+    One text for each problem, up to the closing brace.
+  """
+  key_B2 = np.asarray(
+    sampling.rollout_keys(
+      seed,
+      0,
+      jnp.asarray([p.index for p in problems]),
+      jnp.zeros(len(problems), jnp.int32),
+    )
+  )
+  prefix = chat.answer_prefix_ids()
+  handles = sampler.submit(
+    [
+      engine.Request(chat.prompt_ids(p.question) + prefix, key, max_tokens)
+      for p, key in zip(problems, key_B2, strict=True)
+    ]
+  )
+  texts: dict[int, list[int]] = {handle: [] for handle in handles}
+  running = set(handles)
+  try:
+    while drawn := sampler.decode():
+      for handle, chunk in drawn.items():
+        texts[handle] += chunk.tokens
+        if chunk.is_stopped:
+          running.remove(handle)
+          sampler.release([handle])
+  finally:  # nobody has the word, or somebody interrupted
+    sampler.release(sorted(running))
+  return [chat.tokenizer.decode(ids).split("}")[0] for ids in texts.values()]
 
 
 def summarise(
@@ -175,15 +223,17 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   abstract = build.abstract_params(policy, build.make_mesh(cfg))
-  params, where = build.load_params(str(workdir), abstract)
-  build.say(where)
+  loaded = build.load_params(str(workdir), abstract)
+  build.say(loaded.where)
   n_all = cfg.eval.n_problems * cfg.eval.samples
   with (
     build.started_sandbox(host) as sandbox,
     progress_lib.Progress("evaluate", n_all, is_shown=cfg.log.progress) as bar,
   ):
     evaluator = Evaluator(cfg, policy, host, host.make_toolbox(sandbox))
-    row, groups = evaluator.run(params, on_finished=lambda n, _: bar.update(n))
+    row, groups = evaluator.run(
+      loaded.params, on_finished=lambda n, _: bar.update(n)
+    )
   (workdir / "eval.json").write_text(json.dumps(row, indent=1) + "\n")
   with (workdir / "eval_rollouts.jsonl").open("w") as out:
     for e in (e for g in groups for e in g):

@@ -25,7 +25,11 @@ AXES = {
   "K": "key/value heads",
   "E": "head dimension",
   "L": "layers",
-  "S": "cache slots",
+  "S": "slots: rollouts that are decoded at once",
+  "R": "rows of one prefill or extension",
+  "P": "pages of the key/value cache",
+  "J": "pages of one row, in order",
+  "Z": "tokens of a page",
 }
 
 
@@ -79,9 +83,14 @@ class StopReason(enum.IntEnum):
   MAX_TOKENS = 2  # budget spent in the middle of a turn
   TOOL_OVERFLOW = 3  # the tool's answer did not fit the budget
   CANCELLED = 4
-  INFRA = 5  # the sandbox failed, retries included
+  INFRA = 5  # the sandbox or the model's numbers failed, retries included
+  DEADLINE = 6  # given up by the clock
 
 
+# The environment's fault: such a rollout is VOID, not wrong.
+VOID_REASONS = frozenset(
+  {StopReason.CANCELLED, StopReason.INFRA, StopReason.DEADLINE}
+)
 TRUNCATED_REASONS = frozenset(
   {StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.TOOL_OVERFLOW}
 )

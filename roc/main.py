@@ -1,9 +1,9 @@
 """One entry point: `python -m roc.main COMMAND [--flags]`.
 
 Reads the command line, resolves the configuration, and calls the command's
-program: `run(cfg, workdir)` in the module of its name. Whatever a user can get
-wrong ends here as one sentence and exit code 2; programs are imported only when
-they run, so that `--help` is quick.
+program: `run(cfg, workdir)` in the module of its name, or in the one that the
+command gives. Whatever a user can get wrong ends here as one sentence and exit
+code 2; programs are imported only when they run, so that `--help` is quick.
 """
 
 import dataclasses
@@ -34,6 +34,8 @@ class Command:
   about: str
   example: str
   config: cli.Source | Literal["own"] = "needed"  # own: it reads its flags
+  module: str = ""  # of roc, with the program; by default the command's name
+  aliases: tuple[cli.Alias, ...] = ()
 
 
 COMMANDS = {
@@ -49,12 +51,33 @@ COMMANDS = {
     " updates the policy. Start it again to go on from the last checkpoint.",
     "train --config=experiments/quickstart.py --workdir=runs/quickstart"
     " --config.init_from=runs/quickstart/sft",
+    aliases=(
+      cli.Alias(
+        "replay",
+        "train.replay",
+        "DIRECTORY",
+        "train on the rollouts saved there instead of drawing any; short for"
+        " --config.train.replay",
+      ),
+    ),
   ),
   "evaluate": Command(
     "accuracy of a checkpoint on held-out problems",
     "Evaluates the newest checkpoint of a workdir, with the tool and without.",
     "evaluate --workdir=runs/quickstart --config.eval.n_problems=512",
     "saved",
+  ),
+  "rollout": Command(
+    "save rollouts of a checkpoint, to read or to train on",
+    "Draws rollouts with the newest checkpoint of a workdir into"
+    " WORKDIR/rollouts/collect_TASK/, one line of JSON each; the settings"
+    " config.collect.* say of which problems and how many. Start it again to go"
+    " on: files that are there are not drawn again. Training may go on in the"
+    " workdir meanwhile.",
+    "rollout --workdir=runs/quickstart --config.collect.n_problems=64"
+    " --config.collect.samples=8",
+    "saved",
+    module="collect",
   ),
   "report": Command(
     "write report.html and print the table of a finished or running run",
@@ -124,7 +147,7 @@ def _dispatch(argv: list[str]) -> int:
   if any(arg in ("--help", "-h", "--helpfull") for arg in rest):
     print(_help(name, command))
     return 0
-  values, config = cli.parse(name, rest, command.config)
+  values, config = cli.parse(name, rest, command.config, command.aliases)
   if values.dry_run:
     print(_dry_run(config, name), end="")
     return 0
@@ -147,12 +170,12 @@ def _run(
     raise errors.UserError(
       f"workdir {workdir} does not exist; give the --workdir of a run"
     )
-  program = _program(name)
+  program = _program(command.module or name)
   if command.config != "none":
     from roc import build
 
     build.use_compilation_cache()
-  if values.allow_config_change:
+  if values.allow_config_change and command.config == "needed":
     from roc import runlog
 
     runlog.forget_config(workdir)
@@ -231,6 +254,8 @@ def _help(name: str, command: Command) -> str:
     shown["--config=FILE.py[:VARIANT]"] += "; by default the workdir's own"
   if command.config == "none":
     shown = {}
+  for alias in command.aliases:
+    shown[f"--{alias.flag}={alias.value}"] = alias.about
   values = cli.define_flags()
   for flag in sorted(values):
     if command.config == "none" and flag != "workdir":

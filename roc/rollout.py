@@ -1,14 +1,16 @@
 """The agent loop: the one place where the engine and the tools meet.
 
-Rollouts enter free slots, decode in chunks, and when a turn ends with tool
-calls wait for the sandbox while the others go on; the answers are appended
-behind what the slot already holds. Nothing here depends on which of them comes
-first: every rollout draws from its own random stream and is judged by its own
-tokens.
+Rollouts are queued with the engine and decode in chunks; when a turn ends with
+tool calls a rollout waits for the sandbox while others decode, and the answers
+are appended behind what it already holds. While the device draws a chunk, the
+host reads the one before: detokenises, parses, starts calls, judges. Nothing
+depends on what comes first: every rollout draws from its own random stream and
+is judged by its own tokens.
 """
 
-import collections
+import contextlib
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
@@ -26,28 +28,38 @@ from roc.host import episode as episode_lib
 from roc.host import rewards, tools
 from roc.host.tasks import problem as problem_lib
 
-_WAIT_S = 0.05  # how long to sleep on tools when no slot can decode
+_WAIT_S = 0.05  # how long to sleep on tools when no rollout can decode
+
+# Verdict of a rollout whose logits were not finite.
+BROKEN = "broken_logits"
 
 
 class Sampler(Protocol):
-  """What the loop needs of `engine.Engine`; tests script it."""
+  """What the loop needs of `engine.Engine`; `scripted` has one without weights.
+
+  Handles name rollouts from `submit` to `release`.
+  """
 
   @property
-  def n_free(self) -> int: ...
+  def n_rollouts(self) -> int: ...
   def set_params(self, params: Any) -> None: ...
   def submit(self, requests: Sequence[engine_lib.Request]) -> list[int]: ...
+  def dispatch(self) -> bool: ...
+  def collect(self) -> dict[int, engine_lib.Drawn]: ...
   def decode(self) -> dict[int, engine_lib.Drawn]: ...
   def extend(self, observations: Mapping[int, Sequence[int]]) -> None: ...
-  def release(self, slots: Sequence[int]) -> None: ...
+  def release(self, handles: Sequence[int]) -> None: ...
+  def stats(self) -> dict[str, float]: ...
 
 
 @dataclasses.dataclass
 class Timing:
-  """Seconds of wall time by what they were spent on."""
+  """Seconds of wall time by what they were spent on, and what went wrong."""
 
   generate: float = 0.0  # the device draws or reads tokens
   # Nothing could be drawn: waiting for the sandbox, for tools or for verdicts.
   tools: float = 0.0
+  n_broken: int = 0  # rollouts whose logits were not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +69,10 @@ class Limits:
   max_turns: int
   max_tokens: int
   max_calls: int
+  # Seconds; 0: none. They guard against an environment that hangs: what meets
+  # one is VOID, as it depends on the machine's speed.
+  call_deadline: float = 0.0
+  rollout_deadline: float = 0.0
 
 
 @dataclasses.dataclass
@@ -68,6 +84,8 @@ class _Live:
   budget: int
   turn: list[int] = dataclasses.field(default_factory=list)
   calls: list[futures.Future] = dataclasses.field(default_factory=list)
+  calls_since: float = 0.0
+  since: float | None = None  # when its first token was read
 
 
 class AgentLoop:
@@ -100,6 +118,14 @@ class AgentLoop:
     self.toolbox = toolbox
     self.limits = limits
     self.system = system
+    self._is_cancelled = threading.Event()
+
+  def cancel(self) -> None:
+    """Ends the `run` under way, from any thread.
+
+    Rollouts that have not ended are CANCELLED and VOID.
+    """
+    self._is_cancelled.set()
 
   def run(
     self,
@@ -123,41 +149,46 @@ class AgentLoop:
     Returns:
       N lists of O finished episodes in order of rollout id, and the timing.
     """
-    waiting = collections.deque(self._new(problems, n_rollouts, seed, step))
-    groups = [[] for _ in problems]
-    for live in waiting:
-      groups[live.episode.group_index].append(live.episode)
-    n_all, n_done = len(waiting), 0
-    timing = Timing()
-    judging: list[tuple[episode_lib.Episode, futures.Future]] = []
-    running: dict[int, _Live] = {}
-    while waiting or running:
-      start = time.perf_counter()
-      self._admit(waiting, running)
-      self._answer(running)
-      drawn = self.sampler.decode()
-      timing.generate += time.perf_counter() - start
-      for slot, chunk in drawn.items():
-        self._read(running[slot], chunk)
-      done = [
-        s for s, r in running.items() if r.episode.stop_reason is not None
-      ]
-      if done:
-        self.sampler.release(done)
-        for slot in done:
-          episode = running.pop(slot).episode
-          self.toolbox.end_trajectory(_trajectory(episode))
-          judging += self._judge(episode)
-        n_done += len(done)
-        if on_finished is not None:
-          on_finished(n_done, n_all)
-      if not drawn and not done and running:
-        timing.tools += _wait_for_any(running.values())
+    self._is_cancelled.clear()
     start = time.perf_counter()
-    for episode, verdict in judging:
+    lives = list(self._new(problems, n_rollouts, seed, step))
+    groups = [[] for _ in problems]
+    for live in lives:
+      groups[live.episode.group_index].append(live.episode)
+    handles = self.sampler.submit(
+      [engine_lib.Request(r.episode.token_ids, r.key, r.budget) for r in lives]
+    )
+    batch = _Batch(dict(zip(handles, lives, strict=True)), len(lives))
+    try:
+      self._drive(batch, on_finished)
+    finally:
+      self._abandon(batch)
+    waited = time.perf_counter()
+    for episode, verdict in batch.judging:
       episode.judge(verdict.result())
-    timing.tools += time.perf_counter() - start
-    return groups, timing
+    batch.timing.tools += time.perf_counter() - waited
+    whole = time.perf_counter() - start
+    batch.timing.generate = whole - batch.timing.tools
+    return groups, batch.timing
+
+  def _drive(
+    self, batch: "_Batch", on_finished: Callable[[int, int], None] | None
+  ) -> None:
+    """Keeps the device busy until every rollout has ended."""
+    drawn: dict[int, engine_lib.Drawn] = {}
+    while batch.running and not self._is_cancelled.is_set():
+      self._answer(batch.running)
+      is_in_flight = self.sampler.dispatch()
+      was_idle = not drawn
+      # The device works on the next chunk while the host reads the last one.
+      for handle, chunk in drawn.items():
+        self._read(batch, batch.running[handle], chunk)
+      n_done = self._retire(batch)
+      if n_done and on_finished is not None:
+        on_finished(batch.n_all - len(batch.running), batch.n_all)
+      drawn = self.sampler.collect() if is_in_flight else {}
+      if was_idle and not is_in_flight and not n_done:
+        batch.timing.tools += self._wait_for_any(batch.running.values())
 
   def _new(self, problems, n_rollouts, seed, step) -> Iterable[_Live]:
     task_B = np.repeat([p.index for p in problems], n_rollouts)
@@ -167,6 +198,7 @@ class AgentLoop:
         seed, step, jnp.asarray(task_B), jnp.asarray(rollout_B)
       )
     )
+    prompts = [self.chat.prompt_ids(p.question, self.system) for p in problems]
     for i, key in enumerate(key_B2):
       group, rollout = divmod(i, n_rollouts)
       problem = problems[group]
@@ -180,28 +212,17 @@ class AgentLoop:
         rollout_id=rollout,
         step=step,
       )
-      episode.append_prompt(self.chat.prompt_ids(problem.question, self.system))
+      episode.append_prompt(prompts[group])
       yield _Live(episode, key, self.limits.max_tokens)
 
-  def _admit(self, waiting, running) -> None:
-    """Fills free slots in the order of the batch."""
-    n = min(self.sampler.n_free, len(waiting))
-    if not n:
-      return
-    entering = [waiting.popleft() for _ in range(n)]
-    slots = self.sampler.submit(
-      [
-        engine_lib.Request(r.episode.token_ids, r.key, r.budget)
-        for r in entering
-      ]
-    )
-    running.update(zip(slots, entering, strict=True))
-
   def _answer(self, running: dict[int, _Live]) -> None:
-    """Appends what the tools said to every slot whose calls are all back."""
+    """Appends what the tools said to every rollout whose calls are all back."""
     observations = {}
-    for slot, live in running.items():
-      if not live.calls or not all(call.done() for call in live.calls):
+    for handle, live in running.items():
+      if not live.calls or live.episode.stop_reason is not None:
+        continue
+      if not all(call.done() for call in live.calls):
+        self._give_up_late_calls(live)
         continue
       outcomes = [call.result() for call in live.calls]
       live.calls = []
@@ -217,20 +238,44 @@ class AgentLoop:
         continue
       live.episode.append_environment(ids, roles)
       live.budget -= len(ids)
-      observations[slot] = ids
+      observations[handle] = ids
     if observations:
       self.sampler.extend(observations)
 
-  def _read(self, live: _Live, chunk: engine_lib.Drawn) -> None:
+  def _give_up_late_calls(self, live: _Live) -> None:
+    """Ends a rollout whose tools, or itself, took longer than they may."""
+    now = time.monotonic()
+    if 0 < self.limits.call_deadline < now - live.calls_since:
+      live.episode.stop(layout.StopReason.DEADLINE, verdict="call_deadline")
+    else:
+      self._give_up_if_late(live, now)
+
+  def _give_up_if_late(self, live: _Live, now: float) -> None:
+    since = now if live.since is None else live.since
+    if 0 < self.limits.rollout_deadline < now - since:
+      live.episode.stop(layout.StopReason.DEADLINE, verdict="rollout_deadline")
+
+  def _read(
+    self, batch: "_Batch", live: _Live, chunk: engine_lib.Drawn
+  ) -> None:
     """Takes in drawn tokens; at the end of a turn, decides what comes next."""
+    now = time.monotonic()
+    live.since = now if live.since is None else live.since
     live.episode.append_model(chunk.tokens, chunk.logps)
     live.turn += chunk.tokens
     live.budget -= len(chunk.tokens)
-    if not chunk.is_stopped:
-      return
+    if chunk.is_broken:
+      batch.timing.n_broken += 1
+      live.episode.stop(layout.StopReason.INFRA, verdict=BROKEN)
+    elif chunk.is_stopped:
+      self._end_turn(live)
+    else:
+      self._give_up_if_late(live, now)
+
+  def _end_turn(self, live: _Live) -> None:
     turn = self.toolbox.parse_turn(live.turn, self.chat.tokenizer)
     live.episode.record_turn(turn)
-    is_whole = live.turn[-1] in self.chat.stop_ids
+    is_whole = self.chat.is_whole(live.turn)
     live.turn = []
     if not is_whole:
       live.episode.stop(layout.StopReason.MAX_TOKENS)
@@ -240,6 +285,38 @@ class AgentLoop:
       live.episode.stop(layout.StopReason.MAX_TURNS)
     else:
       self._call(live, turn.calls)
+
+  def _retire(self, batch: "_Batch") -> int:
+    """Takes out rollouts that have ended and starts to judge them."""
+    done = {
+      h: r
+      for h, r in batch.running.items()
+      if r.episode.stop_reason is not None
+    }
+    for handle, live in done.items():
+      self.sampler.release([handle])
+      del batch.running[handle]
+      self._forget_calls(live)
+      batch.judging += self._judge(live.episode)
+    return len(done)
+
+  def _forget_calls(self, live: _Live) -> None:
+    for call in live.calls:
+      self.toolbox.cancel(call)
+    live.calls = []
+    self.toolbox.end_trajectory(_trajectory(live.episode))
+
+  def _abandon(self, batch: "_Batch") -> None:
+    """Leaves sampler and sandbox as they were, whatever interrupted the run."""
+    left = list(batch.running.values())
+    self.sampler.release(list(batch.running))
+    batch.running.clear()
+    # An interrupt may have come just before or behind the loop's own collect.
+    with contextlib.suppress(RuntimeError):
+      self.sampler.collect()
+    for live in left:
+      live.episode.stop(layout.StopReason.CANCELLED)
+      self._forget_calls(live)
 
   def _judge(
     self, episode: episode_lib.Episode
@@ -267,69 +344,36 @@ class AgentLoop:
       e.stop(layout.StopReason.MAX_TURNS)
       return
     name = _trajectory(e)
+    live.calls_since = time.monotonic()
     live.calls = [
       self.toolbox.submit(call, trajectory=name, call_index=n_before + i)
       for i, call in enumerate(calls_lib.limit(calls, room))
     ]
 
+  def _wait_for_any(self, running: Iterable[_Live]) -> float:
+    """Sleeps until some tool call is back; returns the seconds it took."""
+    start = time.perf_counter()
+    calls = [call for r in running for call in r.calls]
+    if not calls:
+      raise RuntimeError("the sampler draws nothing and no tool call is out")
+    pending = [call for call in calls if not call.done()]
+    if pending:
+      futures.wait(pending, _WAIT_S, return_when=futures.FIRST_COMPLETED)
+    return time.perf_counter() - start
+
+
+@dataclasses.dataclass
+class _Batch:
+  """The rollouts of one `run`."""
+
+  running: dict[int, _Live]  # by the sampler's handle
+  n_all: int
+  timing: Timing = dataclasses.field(default_factory=Timing)
+  judging: list[tuple[episode_lib.Episode, futures.Future]] = dataclasses.field(
+    default_factory=list
+  )
+
 
 def _trajectory(episode: episode_lib.Episode) -> tuple[int, int, int]:
   """The rollout's name in the sandbox, the same in every run."""
   return (episode.step, episode.task_index, episode.rollout_id)
-
-
-def _wait_for_any(running: Iterable[_Live]) -> float:
-  """Sleeps until some tool call is back; returns the seconds it took."""
-  start = time.perf_counter()
-  pending = [c for r in running for c in r.calls if not c.done()]
-  if pending:
-    futures.wait(pending, _WAIT_S, return_when=futures.FIRST_COMPLETED)
-  return time.perf_counter() - start
-
-
-def draw_from_head(
-  sampler: Sampler,
-  chat: chat_lib.ChatFormat,
-  problems: Sequence[problem_lib.Problem],
-  *,
-  seed: int,
-  max_tokens: int,
-) -> list[str]:
-  r"""What the policy answers when it may not use the tool.
-
-  Its turn is opened with `<answer>\boxed{` already written, so that all it can
-  do is to fill in the box.
-
-  Returns:
-    One text for each problem, up to the closing brace.
-  """
-  key_B2 = np.asarray(
-    sampling.rollout_keys(
-      seed,
-      0,
-      jnp.asarray([p.index for p in problems]),
-      jnp.zeros(len(problems), jnp.int32),
-    )
-  )
-  texts: list[str] = []
-  while len(texts) < len(problems):
-    part = slice(len(texts), len(texts) + sampler.n_free)
-    slots = sampler.submit(
-      [
-        engine_lib.Request(
-          chat.prompt_ids(p.question) + chat.answer_prefix_ids(),
-          key,
-          max_tokens,
-        )
-        for p, key in zip(problems[part], key_B2[part], strict=True)
-      ]
-    )
-    drawn: dict[int, list[int]] = {slot: [] for slot in slots}
-    while chunk := sampler.decode():
-      for slot, piece in chunk.items():
-        drawn[slot] += piece.tokens
-    sampler.release(slots)
-    texts += [
-      chat.tokenizer.decode(ids).split("}")[0] for ids in drawn.values()
-    ]
-  return texts

@@ -11,7 +11,6 @@ Knows nothing of devices: of several processes, the first alone uses it.
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -22,11 +21,10 @@ import platform
 import sys
 from typing import Any
 
-from roc import errors
+from roc import errors, records
 
 METRICS = "metrics.jsonl"
 _RECORD = "run.json"
-_LOCK = ".lock"
 
 
 class Run:
@@ -40,7 +38,7 @@ class Run:
   def note(self, **facts: Any) -> None:
     """Adds JSON-able facts, such as the sandbox's tier, to run.json."""
     self._record["attempts"][-1].update(facts)
-    _write_json(self.workdir / _RECORD, self._record)
+    records.write_json(self.workdir / _RECORD, self._record)
 
   def close(self) -> None:
     """Lets go of the workdir; the kernel does it too when the process ends."""
@@ -80,24 +78,24 @@ def claim(
       configuration's or program's.
   """
   path = pathlib.Path(workdir).absolute()
-  lock = _lock(path)
+  fd = records.lock(path)
   try:
     record = _read_record(path)
     wanted = {
       "program": program,
-      "identity": _as_json(identity) | _statements(gin_text),
+      "identity": _as_json(identity) | records.statements(gin_text),
     }
     if record.get("identity") is not None:
       _require_same(path, record, wanted)
     attempts = [*record.get("attempts", []), _attempt()]
     record = {**wanted, "attempts": attempts}
-    _write_text(path / "config.json", config_json)
-    _write_text(path / "config.gin", gin_text)
-    _write_json(path / _RECORD, record)
+    records.write_text(path / "config.json", config_json)
+    records.write_text(path / "config.gin", gin_text)
+    records.write_json(path / _RECORD, record)
   except BaseException:
-    os.close(lock)
+    os.close(fd)
     raise
-  return Run(path, lock, record)
+  return Run(path, fd, record)
 
 
 def forget_config(workdir: str | os.PathLike[str]) -> None:
@@ -105,14 +103,14 @@ def forget_config(workdir: str | os.PathLike[str]) -> None:
   path = pathlib.Path(workdir).absolute()
   if not (path / _RECORD).exists():
     return
-  lock = _lock(path)
+  fd = records.lock(path)
   try:
     record = _read_record(path)
     earlier = [*record.pop("earlier", []), record.get("identity")]
     record |= {"identity": None, "earlier": earlier}
-    _write_json(path / _RECORD, record)
+    records.write_json(path / _RECORD, record)
   finally:
-    os.close(lock)
+    os.close(fd)
 
 
 class MetricsLog:
@@ -146,7 +144,7 @@ class MetricsLog:
       )
       os.ftruncate(self._fd, kept)
     except OSError as e:
-      raise _unwritable(self.path, e) from e
+      raise records.unwritable(self.path, e) from e
     self._writer = None
     if tensorboard and importlib.util.find_spec("tensorboardX"):
       import tensorboardX
@@ -177,7 +175,7 @@ class MetricsLog:
     except OSError as e:
       with contextlib.suppress(OSError):
         os.ftruncate(self._fd, end)
-      raise _unwritable(self.path, e) from e
+      raise records.unwritable(self.path, e) from e
     if self._writer is not None:
       for key, value in row.items():
         if key != "step" and isinstance(value, int | float):
@@ -260,30 +258,6 @@ def _number(value: Any) -> Any:
 # ------------------------------------------------------------------- record
 
 
-def _lock(workdir: pathlib.Path) -> int:
-  """Returns a descriptor that holds the workdir's lock."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    fd = os.open(workdir / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-  except OSError as e:
-    raise errors.UserError(
-      f"cannot write to workdir {workdir}: {e.strerror}; give another --workdir"
-      " or mend its permissions"
-    ) from e
-  try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
-    holder = os.read(fd, 32).decode(errors="replace").strip() or "another"
-    os.close(fd)
-    raise errors.UserError(
-      f"workdir {workdir} is in use by process {holder}; wait for it, end it or"
-      " give another --workdir"
-    ) from None
-  os.ftruncate(fd, 0)
-  os.write(fd, str(os.getpid()).encode())
-  return fd
-
-
 def _read_record(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / _RECORD
   try:
@@ -312,34 +286,13 @@ def _require_same(
       f"workdir {workdir} holds a run of `{old['program']}`, not of"
       f" `{new['program']}`; give another --workdir"
     )
-  before, after = old["identity"], new["identity"]
-  changed = [
-    f"{key} ({before.get(key, 'unset')} -> {after.get(key, 'unset')})"
-    for key in {**after, **before}
-    if before.get(key) != after.get(key)
-  ]
+  changed = records.differences(old["identity"], new["identity"])
   if changed:
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise errors.UserError(
-      f"workdir {workdir} belongs to another configuration:"
-      f" {', '.join(changed[:3])}{more} differ; give another --workdir, or"
-      " --allow_config_change to go on here with the new one"
+      f"workdir {workdir} belongs to another configuration: {changed} differ;"
+      " give another --workdir, or --allow_config_change to go on here with the"
+      " new one"
     )
-
-
-def _statements(gin_text: str) -> dict[str, str]:
-  """Returns `{"gin Limits.wall_s": "5.0"}`, one per statement of the text."""
-  statements, joined = {}, ""
-  for line in gin_text.splitlines():
-    if not line.strip() or line.lstrip().startswith("#"):
-      continue
-    # gin continues a statement with a backslash and indents the next line.
-    joined += line.strip().removesuffix("\\")
-    if not line.endswith("\\"):
-      name, _, value = joined.partition("=")
-      statements[f"gin {name.strip()}"] = value.strip()
-      joined = ""
-  return statements
 
 
 def _attempt() -> dict[str, Any]:
@@ -358,28 +311,3 @@ def _attempt() -> dict[str, Any]:
 
 def _as_json(value: Any) -> Any:
   return json.loads(json.dumps(value))
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  partial = path.with_name(f".{path.name}.partial")
-  try:
-    with open(partial, "w") as f:
-      f.write(text)
-      f.flush()
-      os.fsync(f.fileno())
-    partial.replace(path)
-  except OSError as e:
-    partial.unlink(missing_ok=True)
-    raise _unwritable(path, e) from e
-
-
-def _unwritable(path: pathlib.Path, e: OSError) -> errors.UserError:
-  return errors.UserError(
-    f"cannot write {path}: {e.strerror}; the checkpoints are untouched, so mend"
-    " that and run the same command again"
-  )

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from roc import build, curves, evaluate, runlog, wiring
+from roc import build, curves, errors, evaluate, replay, rollout, runlog, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -62,8 +63,11 @@ class Trainer:
     toolbox: tools.Toolbox,
     policy: Any,
     learner: step_lib.Learner,
+    saved: replay.Replay | None = None,
   ):
+    """Builds the loop and the evaluator; `saved` stands in for sampling."""
     self.cfg = cfg
+    self._saved = saved
     self.cursor = Cursor()
     self._host = host
     self._toolbox = toolbox
@@ -130,16 +134,35 @@ class Trainer:
       "time/step": ended - started,
     }
     row |= _sandbox_figures(self._toolbox.stats())
+    row |= self._engine_figures(timing)
     return state, row | self._count(groups), groups
 
   def _draw(self, params: Any, step: int):
     f, t = self.cfg.filter, self.cfg.train
+    if self._saved is not None:
+      groups = self._saved.groups(self.cursor.next_problem, t.prompts)
+      return groups, rollout.Timing()
     problems = self._host.train_task.problems(
       self.cursor.next_problem, t.prompts
     )
     build.check_prompts(self._loop, problems, self.cfg.sampling.cache_length)
     self._loop.sampler.set_params(params)
-    return self._loop.run(problems, f.n_drawn, seed=self.cfg.seed, step=step)
+    self._loop.sampler.stats()  # what an evaluation in between did
+    groups, timing = self._loop.run(
+      problems, f.n_drawn, seed=self.cfg.seed, step=step
+    )
+    if timing.n_broken:
+      n_drawn = sum(map(len, groups))
+      _report_broken(params, step, timing.n_broken, n_drawn)
+    return groups, timing
+
+  def _engine_figures(self, timing: rollout.Timing) -> dict[str, float]:
+    """How the engine was used; it depends on the clock, so time/ all of it."""
+    if self._saved is not None:
+      return {}
+    row = self._loop.sampler.stats()
+    row["tool_wait_share"] = timing.tools / (timing.tools + timing.generate)
+    return {f"time/{name}": value for name, value in row.items()}
 
   def _choose(
     self, groups: list[list[episode_lib.Episode]], step: int
@@ -197,6 +220,25 @@ class Trainer:
     }
 
 
+def _report_broken(params: Any, step: int, n_broken: int, n_all: int) -> None:
+  """Says that logits were not finite; stops a run that has nothing else.
+
+  Raises:
+    errors.UserError: no rollout of the step is left.
+  """
+  norm = float(optax.tree.norm(params))
+  what = (
+    f"step {step}: the logits of {n_broken} of {n_all} rollouts were not finite"
+    f" (norm of the parameters: {norm:.4g})"
+  )
+  if n_broken == n_all:
+    raise errors.UserError(
+      f"{what}; start again from an older checkpoint with a lower"
+      " config.train.lr or config.train.grad_clip"
+    )
+  build.say(f"{what}; they are left out of their groups")
+
+
 def _minibatch(
   batch: step_lib.Batch, start: int, n_rows: int, n_minibatches: int
 ) -> step_lib.Batch:
@@ -218,6 +260,24 @@ def make_learner(cfg: config_lib.Config, policy: Any) -> step_lib.Learner:
   )
 
 
+def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
+  """The rollouts of `cfg.train.replay`, checked, and a line about them.
+
+  Raises:
+    errors.UserError: they cannot be trained on; says where and what to do.
+  """
+  needs = replay.Needs(
+    n_drawn=cfg.filter.n_drawn,
+    vocab_size=policy.config.vocab_size,
+    max_length=cfg.train.buckets[-1],
+    max_calls=cfg.sampling.max_calls,
+    not_of_step=evaluate.EVAL_STEP,
+  )
+  saved = replay.Replay(pathlib.Path(cfg.train.replay), needs)
+  build.say(saved.about(cfg.train.steps, cfg.train.prompts))
+  return saved
+
+
 def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   """Trains to `cfg.train.steps`, or goes on from the newest checkpoint.
 
@@ -228,13 +288,17 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   learner = make_learner(cfg, policy)
-  claim = build.claim(cfg, host, workdir, "train")
+  saved = read_replay(cfg, policy) if cfg.train.replay else None
+  claim = build.claim(
+    cfg, host, workdir, "train", data={} if saved is None else saved.identity
+  )
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", keep=cfg.checkpoint.keep
   )
   with claim, build.started_sandbox(host) as sandbox:
     claim.note(sandbox=sandbox.info())
-    trainer = Trainer(cfg, host, host.make_toolbox(sandbox), policy, learner)
+    toolbox = host.make_toolbox(sandbox)
+    trainer = Trainer(cfg, host, toolbox, policy, learner, saved)
 
     # ------------------------- where from: own checkpoint, init_from, nothing
     restored = checkpoints.restore(learner.abstract_state)

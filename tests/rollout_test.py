@@ -1,14 +1,19 @@
 """The agent loop with a scripted sampler: no weights, and tools on command."""
 
+import collections
 import dataclasses
+import itertools
+import math
+import threading
+import time
+import types
 from concurrent import futures
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc import layout, rollout
-from roc.device import engine as engine_lib
+from roc import evaluate, layout, rollout, scripted
 from roc.device import sampling
 from roc.host import chat as chat_lib
 from roc.host import rewards, tools
@@ -44,23 +49,35 @@ class Result:
 
 
 class Sandbox:
-  """Answers a program after a number of decode calls; notes what was asked."""
+  """Answers a program after a number of looks; notes what was asked."""
 
   def __init__(self, delay=lambda code: 0, results=None):
     self.delay = delay
     self.results = results or {}
     self.asked = []
     self.finished = []
+    self.ended = []  # trajectories, in the order in which they ended
+    self.was_asked = threading.Event()
+    self.now = 0.0
     self._waiting = []
 
-  def submit(self, code, *, trajectory="", call_index=0):
+  @property
+  def cancelled(self):
+    return [code for _, code, future in self._waiting if future.cancelled()]
+
+  def submit(self, code, *, trajectory="", call_index=0, tool="python"):
     self.asked.append((code, trajectory, call_index))
     future = futures.Future()
     self._waiting.append([self.delay(code), code, future])
     self._release()
+    self.was_asked.set()
     return future
 
+  def end_trajectory(self, trajectory):
+    self.ended.append(trajectory)
+
   def tick(self):
+    self.now += 1.0
     for entry in self._waiting:
       entry[0] -= 1
     self._release()
@@ -69,75 +86,66 @@ class Sandbox:
     due = [entry for entry in self._waiting if entry[0] <= 0]
     self._waiting = [entry for entry in self._waiting if entry[0] > 0]
     for _, code, future in due:
-      self.finished.append(code)
-      future.set_result(self.results.get(code, Result(stdout=f"<{code}>")))
+      if future.set_running_or_notify_cancel():
+        self.finished.append(code)
+        future.set_result(self.results.get(code, Result(stdout=f"<{code}>")))
 
 
-class Sampler:
-  """Emits given turns in chunks; keeps the engine's accounts, and checks."""
+class Sampler(scripted.ScriptedSampler):
+  """Moves the sandbox's clock with every look; keeps accounts and a log."""
 
-  def __init__(self, scripts, n_slots=4, chunk=3, sandbox=None):
-    self.scripts = scripts  # turns of each rollout, by the bytes of its key
-    self.chunk = chunk
+  def __init__(self, scripts, sandbox, log, **sizes):
+    """`scripts` are the turns of each rollout by the bytes of its key."""
+    super().__init__(lambda request: scripts[request.key.tobytes()], **sizes)
     self.sandbox = sandbox
-    self.fed = {}  # everything that a slot was given or drew, by key
-    self.budget_left = {}
-    self._free = list(range(n_slots))
-    self._live = {}
-
-  @property
-  def n_free(self):
-    return len(self._free)
+    self.log = log
+    self.handles = {}  # by key
+    self.budget_at_end = {}  # by handle
 
   def submit(self, requests):
-    assert len(requests) <= len(self._free)
-    slots = [self._free.pop() for _ in requests]
-    for slot, request in zip(slots, requests, strict=True):
-      key = np.asarray(request.key).tobytes()
-      turns = [list(t) for t in self.scripts[key]]
-      self.fed[key] = list(request.prompt)
-      self._live[slot] = [key, turns, request.budget, True]
-    return slots
+    handles = super().submit(requests)
+    for handle, request in zip(handles, requests, strict=True):
+      self.handles[request.key.tobytes()] = handle
+    return handles
 
-  def decode(self):
-    if self.sandbox is not None:
-      self.sandbox.tick()
-    drawn = {}
-    for slot, live in self._live.items():
-      key, turns, budget, is_running = live
-      if not is_running:
-        continue
-      tokens = turns[0][: min(self.chunk, budget)]
-      turns[0] = turns[0][len(tokens) :]
-      live[2] -= len(tokens)
-      live[3] = bool(turns[0]) and live[2] > 0
-      self.fed[key] += tokens
-      logps = [-0.5 - 0.25 * (t % 3) for t in tokens]
-      drawn[slot] = engine_lib.Drawn(tokens, logps, not live[3])
+  def dispatch(self):
+    self.sandbox.tick()
+    is_drawing = super().dispatch()
+    self.log.append("draw" if is_drawing else "idle")
+    return is_drawing
+
+  def collect(self):
+    drawn = super().collect()
+    self.log.append("collect")
     return drawn
 
-  def extend(self, observations):
-    for slot, ids in observations.items():
-      live = self._live[slot]
-      assert not live[3], "extended while it runs"
-      assert len(ids) <= live[2], "beyond the budget"
-      live[1].pop(0)
-      live[2] -= len(ids)
-      live[3] = live[2] > 0
-      self.fed[live[0]] += list(ids)
+  def release(self, handles):
+    for handle in handles:
+      self.budget_at_end[handle] = self.budget_left(handle)
+    super().release(handles)
 
-  def release(self, slots):
-    for slot in slots:
-      key, _, budget, _ = self._live.pop(slot)
-      self.budget_left[key] = budget
-    self._free += list(slots)
+
+class Toolbox(tools.Toolbox):
+  """Notes when the host reads a turn and when it starts a call."""
+
+  def __init__(self, sandbox, log, **kwargs):
+    super().__init__(sandbox, **kwargs)
+    self.log = log
+
+  def parse_turn(self, ids, tokenizer):
+    self.log.append("parse")
+    return super().parse_turn(ids, tokenizer)
+
+  def submit(self, call, **kwargs):
+    self.log.append("call")
+    return super().submit(call, **kwargs)
 
 
 class World:
   """Scripts for N problems of O rollouts, and the loop that runs them."""
 
   def __init__(self, chat, texts, *, n_slots=4, chunk=3, **limits):
-    """`texts[n][o]` are the turns of a rollout, as lists of pieces."""
+    """`texts[n][o]` are the turns of a rollout, as lists of ids."""
     self.chat = chat
     self.n_rollouts = len(texts[0])
     self.problems = [
@@ -157,19 +165,31 @@ class World:
     self.limits = rollout.Limits(
       **{"max_turns": 4, "max_tokens": 200, "max_calls": 6, **limits}
     )
-    self.n_slots, self.chunk = n_slots, chunk
+    self.sizes = {"n_slots": n_slots, "chunk": chunk}
 
-  def run(self, sandbox=None, score=rewards.score, **kwargs):
+  def build(self, sandbox=None, score=rewards.score, tool="python"):
+    self.log = []
     self.sandbox = sandbox or Sandbox()
-    self.sampler = Sampler(self.scripts, self.n_slots, self.chunk, self.sandbox)
-    self.toolbox = tools.Toolbox(self.sandbox)
-    loop = rollout.AgentLoop(
+    self.sampler = Sampler(self.scripts, self.sandbox, self.log, **self.sizes)
+    self.toolbox = Toolbox(
+      self.sandbox, self.log, tool=tool, tool_name="python"
+    )
+    self.loop = rollout.AgentLoop(
       self.sampler, self.chat, self.toolbox, self.limits, score=score
     )
-    groups, self.timing = loop.run(
+    return self.loop
+
+  def draw(self, **kwargs):
+    """Runs the loop that was built."""
+    groups, self.timing = self.loop.run(
       self.problems, self.n_rollouts, seed=SEED, step=STEP, **kwargs
     )
+    assert self.sampler.n_rollouts == 0
     return groups
+
+  def run(self, sandbox=None, score=rewards.score, **kwargs):
+    self.build(sandbox, score)
+    return self.draw(**kwargs)
 
   def run_one(self, sandbox=None):
     ((episode,),) = self.run(sandbox)
@@ -180,12 +200,19 @@ class World:
     """What holds for every episode, whatever happened in it."""
     assert len(episode.token_ids) == len(episode.roles) == len(episode.logprobs)
     # Token in, token out: the engine saw the very ids, once each.
-    assert episode.token_ids == self.sampler.fed[key]
+    handle = self.sampler.handles[key]
+    assert episode.token_ids == self.sampler.fed[handle]
     for role, logp in zip(episode.roles, episode.logprobs, strict=True):
       assert (logp < 0) == (role == Role.MODEL)
     n_prompt = episode.roles.count(Role.PROMPT)
     used = len(episode) - n_prompt
-    assert self.sampler.budget_left[key] == self.limits.max_tokens - used >= 0
+    left = self.sampler.budget_at_end[handle]
+    assert left == self.limits.max_tokens - used >= 0
+
+  def check_all(self, groups):
+    episodes = [e for group in groups for e in group]
+    for episode, key in zip(episodes, self.keys, strict=True):
+      self.check(episode, key)
 
 
 @pytest.fixture(autouse=True)
@@ -521,6 +548,399 @@ def test_the_model_cannot_play_the_tool(chat, say):
   assert [episode.roles[i] for i in at] == [Role.MODEL, Role.TEMPLATE]
 
 
+def test_parallel_calls_of_several_rollouts_do_not_mix(chat, say):
+  texts = [
+    [[say.calls(f"a{o}", f"b{o}", f"c{o}"), say.answer("0")] for o in range(3)]
+  ]
+  # The first call of one ends with the last call of another.
+  delay = lambda code: 1 + 3 * ((ord(code[0]) + int(code[1])) % 3)
+  world = World(chat, texts)
+  groups = world.run(Sandbox(delay))
+  assert len(set(world.sandbox.finished[:3])) == 3
+  for o, episode in enumerate(groups[0]):
+    assert [r.code for r in episode.tool_records] == [f"{c}{o}" for c in "abc"]
+    suffix, _ = chat.tool_suffix([f"<{c}{o}>" for c in "abc"])
+    start = len(chat.prompt_ids("0+0")) + len(texts[0][o][0])
+    assert episode.token_ids[start : start + len(suffix)] == suffix
+    assert episode.outcome == layout.Outcome.CORRECT
+  world.check_all(groups)
+
+
+def test_a_rejected_call_keeps_its_place_among_slow_ones(chat, say):
+  """It is answered at once, and read with the others."""
+  good = say.calls("slow")[:-1]
+  turns = [[*say.raw_call("no json")[:-1], *good, say.end], say.answer("0")]
+  episode = World(chat, [[turns]]).run_one(Sandbox(lambda code: 7))
+  assert [r.status for r in episode.tool_records] == [
+    Status.REJECTED,
+    Status.OK,
+  ]
+  texts = [r.text for r in episode.tool_records]
+  suffix, _ = chat.tool_suffix(texts)
+  start = len(chat.prompt_ids("0+0")) + len(turns[0])
+  assert episode.token_ids[start : start + len(suffix)] == suffix
+
+
+# ----------------------------------------------------------------- deadlines
+
+
+@pytest.fixture
+def timed(monkeypatch):
+  """A sandbox by whose clock the loop goes; a look at it is a second."""
+
+  def make(*args, **kwargs):
+    sandbox = Sandbox(*args, **kwargs)
+    clock = types.SimpleNamespace(
+      monotonic=lambda: sandbox.now, perf_counter=time.perf_counter
+    )
+    monkeypatch.setattr(rollout, "time", clock)
+    return sandbox
+
+  return make
+
+
+def assert_given_up(episode, verdict):
+  assert episode.stop_reason == Stop.DEADLINE and not episode.is_truncated
+  assert episode.outcome == layout.Outcome.VOID and episode.reward == 0.0
+  assert episode.verdict == verdict
+
+
+class CountingScore:
+  """Judges as always; notes how many answers it saw."""
+
+  def __init__(self):
+    self.n_asked = 0
+
+  def __call__(self, answers, gold, *, is_truncated=False):
+    self.n_asked += 1
+    return rewards.score(answers, gold, is_truncated=is_truncated)
+
+
+def test_a_call_that_never_ends_is_given_up(chat, say, timed):
+  stuck = [say.calls("quick", "never"), say.answer("0")]
+  slow = [say.calls("slow"), say.answer("0")]
+  texts = [[stuck, slow, [say.answer("0")]]]
+  delays = {"quick": 0, "never": math.inf, "slow": 9}
+  score = CountingScore()
+  world = World(chat, texts, call_deadline=10.0)
+  groups = world.run(timed(delays.__getitem__), score)
+  given_up, *others = groups[0]
+  assert_given_up(given_up, "call_deadline")
+  assert given_up.token_ids == chat.prompt_ids("0+0") + stuck[0]
+  assert given_up.n_turns == 1 and given_up.tool_records == []
+  assert world.sandbox.cancelled == ["never"]
+  assert world.sandbox.finished == ["quick", "slow"]
+  assert score.n_asked == 2
+  world.check_all(groups)
+  # The others are what they are beside one that does not hang.
+  _, *want = World(chat, texts).run()[0]
+  assert dump([others]) == dump([want])
+  assert {e.outcome for e in others} == {layout.Outcome.CORRECT}
+
+
+@pytest.mark.parametrize(
+  ("deadline", "delay", "stop"),
+  [
+    (10.0, 5, Stop.ANSWERED),
+    (10.0, 20, Stop.DEADLINE),
+    (0.0, 500, Stop.ANSWERED),
+  ],
+)
+def test_deadline_of_a_call(chat, say, timed, deadline, delay, stop):
+  """Each call has its own: three that take five seconds each are in time."""
+  turns = [*(say.calls(code) for code in "abc"), say.answer("0")]
+  world = World(chat, [[turns]], call_deadline=deadline)
+  episode = world.run_one(timed(lambda code: delay))
+  assert episode.stop_reason == stop
+
+
+def test_deadline_of_a_rollout(chat, say, timed):
+  """It ends one that waits and one that speaks, and no other."""
+  waits = [say.calls("never"), say.answer("0")]
+  speaks = [say.text("12" * 80) + say.answer("0")]
+  texts = [[waits, speaks, [say.answer("0")]]]
+  world = World(chat, texts, chunk=1, rollout_deadline=60.0)
+  groups = world.run(timed(lambda code: math.inf))
+  waiting, speaking, fine = groups[0]
+  assert_given_up(waiting, "rollout_deadline")
+  assert_given_up(speaking, "rollout_deadline")
+  # A token a second, until a second too many has gone by.
+  assert 60 <= speaking.n_model_tokens <= 63 and speaking.n_turns == 0
+  assert world.sandbox.cancelled == ["never"]
+  assert fine.outcome == layout.Outcome.CORRECT
+  handle = world.sampler.handles[world.keys[1]]
+  fed = world.sampler.fed[handle]
+  assert fed[: len(speaking)] == speaking.token_ids
+
+
+def test_a_rollouts_clock_starts_with_its_first_token(chat, say, timed):
+  """The last of ten in one slot has waited for longer than it may take."""
+  turn = say.text("123456789") + say.answer("0")
+  world = World(
+    chat, [[[turn]] * 10], n_slots=1, chunk=1, rollout_deadline=30.0
+  )
+  groups = world.run(timed())
+  assert world.sandbox.now > 100
+  assert {e.stop_reason for e in groups[0]} == {Stop.ANSWERED}
+
+
+# -------------------------------------------------------------- cancellation
+
+
+def test_cancel_while_the_loop_waits(chat, say):
+  turns = [say.calls("never"), say.answer("0")]
+  world = World(chat, [[turns, [say.answer("0")]]])
+  loop = world.build(Sandbox(lambda code: math.inf))
+
+  def cancel():
+    if world.sandbox.was_asked.wait(30):
+      loop.cancel()
+
+  thread = threading.Thread(target=cancel)
+  thread.start()
+  groups = world.draw()
+  thread.join()
+  assert groups[0][0].stop_reason == Stop.CANCELLED
+  assert world.sandbox.cancelled == ["never"]
+
+
+class CancellingSandbox(Sandbox):
+  """Has another thread cancel the loop when it is asked for `cancel`."""
+
+  def submit(self, code, **kwargs):
+    if code == "cancel":
+      thread = threading.Thread(target=self.loop.cancel)
+      thread.start()
+      thread.join()
+    return super().submit(code, **kwargs)
+
+
+def test_cancel_ends_all_that_is_under_way(chat, say):
+  """One had ended, two wait, one speaks and two stand in the queue."""
+  long = say.text("12" * 60)
+  texts = [
+    [
+      [say.answer("0")],
+      [say.calls("never"), say.answer("0")],
+      [long[:9] + say.calls("cancel"), say.answer("0")],
+      [long + say.answer("0")],
+      [say.answer("0")],
+      [say.answer("0")],
+    ]
+  ]
+  want = dump(World(chat, texts).run())
+  world = World(chat, texts, n_slots=1, chunk=40)
+  sandbox = CancellingSandbox(lambda code: math.inf)
+  sandbox.loop = world.build(sandbox, tool="session")
+  (episodes,) = world.draw()
+  ended, *rest = episodes
+  assert ended.outcome == layout.Outcome.CORRECT
+  for episode in rest:
+    assert episode.stop_reason == Stop.CANCELLED
+    assert (episode.outcome, episode.verdict) == (layout.Outcome.VOID, "void")
+    assert episode.reward == 0.0
+  n_prompt = len(chat.prompt_ids("0+0"))
+  assert [len(e) > n_prompt for e in rest] == [True, True, False, False, False]
+  # The one that spoke had its first chunk drawn, which nobody read.
+  assert len(world.sampler.fed[3]) == n_prompt + 40
+  assert world.sandbox.cancelled == ["never", "cancel"]
+  assert world.sandbox.ended == [(STEP, 100, o) for o in range(6)]
+  # The next run is not cancelled.
+  world.sandbox.loop = types.SimpleNamespace(cancel=lambda: None)
+  world.sandbox.delay = lambda code: 1
+  assert dump(world.draw()) == want
+
+
+def break_once(owner, name, error, *, at, is_done):
+  """Makes a method raise at its `at`-th call, before or after its work."""
+  real, numbers = getattr(owner, name), itertools.count(1)
+
+  def method(*args, **kwargs):
+    is_due = next(numbers) == at
+    if is_due and not is_done:
+      raise error
+    result = real(*args, **kwargs)
+    if is_due:
+      raise error
+    return result
+
+  setattr(owner, name, method)
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+  ("owner", "name", "at"),
+  [
+    ("sampler", "dispatch", 3),
+    ("sampler", "collect", 3),
+    ("sampler", "extend", 2),
+    ("toolbox", "parse_turn", 4),
+    ("toolbox", "end_trajectory", 1),
+    ("sandbox", "submit", 2),
+    ("loop", "score", 1),
+  ],
+)
+def test_an_interrupted_run_leaves_nothing_behind(
+  chat, mixed, owner, name, at, error, is_done
+):
+  want = dump(World(chat, mixed).run())
+  # In a chunk as long as a turn several rollouts end at once.
+  world = World(chat, mixed, n_slots=6, chunk=100)
+  world.build(tool="session")
+  break_once(
+    getattr(world, owner), name, error("stop here"), at=at, is_done=is_done
+  )
+  with pytest.raises(error, match="stop here"):
+    world.draw()
+  assert world.sampler.n_rollouts == 0
+  names = {(STEP, 100 + n, o) for n in range(3) for o in range(3)}
+  # Of `end_trajectory` itself one call fell away.
+  n_lost = name == "end_trajectory" and not is_done
+  assert len(names - set(world.sandbox.ended)) == n_lost
+  world.sandbox.ended.clear()
+  assert dump(world.draw()) == want
+  assert sorted(world.sandbox.ended) == sorted(names)
+
+
+def test_a_failing_sandbox_is_heard(chat, say):
+  world = World(chat, [[[say.calls("a")], [say.calls("b")]]])
+  future = futures.Future()
+  future.set_exception(OSError("the sandbox is gone"))
+  sandbox = Sandbox()
+  sandbox.submit = lambda *args, **kwargs: future
+  with pytest.raises(OSError, match="is gone"):
+    world.run(sandbox)
+  assert world.sampler.n_rollouts == 0
+
+
+# ------------------------------------------------------------- broken logits
+
+
+def test_broken_logits_are_no_wrong_answer(chat, say):
+  words = say.text("12345")
+  calls = say.calls("a")
+  texts = [
+    [
+      [[*words, scripted.BREAK]],
+      [[scripted.BREAK]],
+      [calls, [*words, scripted.BREAK]],
+      [calls, say.answer("0")],
+    ]
+  ]
+  score = CountingScore()
+  world = World(chat, texts)
+  groups = world.run(score=score)
+  *broken, fine = groups[0]
+  for episode in broken:
+    assert episode.stop_reason == Stop.INFRA
+    assert episode.outcome == layout.Outcome.VOID and episode.reward == 0.0
+    assert episode.verdict == "broken_logits"
+  assert world.timing.n_broken == 3 and score.n_asked == 1
+  # What was drawn before stays on record.
+  prompt, (suffix, _) = chat.prompt_ids("0+0"), chat.tool_suffix(["<a>"])
+  assert [e.token_ids for e in broken] == [
+    prompt + words,
+    prompt,
+    prompt + calls + suffix + words,
+  ]
+  assert [e.n_judged_calls for e in broken] == [0, 0, 1]
+  assert fine.outcome == layout.Outcome.CORRECT
+  world.check_all(groups)
+
+
+def test_nothing_is_broken_by_itself(chat, say):
+  world = World(chat, [[[say.answer("0")]]])
+  world.run()
+  assert world.timing.n_broken == 0
+
+
+# --------------------------------------------------------- the device is busy
+
+
+def test_the_next_chunk_is_drawn_while_the_host_reads_the_last(chat, say):
+  texts = [[[say.answer("0")], [say.answer("0")]]]
+  world = World(chat, texts, n_slots=1, chunk=100)
+  world.run()
+  assert world.log == [
+    *("draw", "collect"),
+    *("draw", "parse", "collect"),
+    *("idle", "parse"),
+  ]
+
+
+def test_a_call_starts_while_others_draw(chat, say):
+  texts = [[[say.calls("a"), say.answer("0")], [say.text("1" * 150)]]]
+  world = World(chat, texts, n_slots=2, chunk=40)
+  world.run()
+  start = world.log.index("call")
+  assert world.log[start - 2 : start + 2] == [
+    *("draw", "parse", "call", "collect")
+  ]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+  """Lets the loop note in a log that it waits for tools."""
+  real = futures.wait
+
+  def use(log):
+    def wait(*args, **kwargs):
+      log.append("wait")
+      return real(*args, **kwargs)
+
+    monkeypatch.setattr(futures, "wait", wait)
+
+  return use
+
+
+@pytest.mark.parametrize("n_slots", [1, 3, 9])
+@pytest.mark.parametrize("delay", [0, 30])
+def test_nothing_is_waited_for_while_something_can_be_drawn(
+  chat, mixed, waits, n_slots, delay
+):
+  world = World(chat, mixed, n_slots=n_slots)
+  world.build(Sandbox(lambda code: delay))
+  waits(world.log)
+  world.draw()
+  for before, now in itertools.pairwise(world.log):
+    # Only after a look at which nobody could draw and nothing was left to
+    # read; and no turn is read before the device has its next work.
+    assert now != "wait" or before == "idle"
+    assert now != "parse" or before != "collect"
+  assert ("wait" in world.log) == (delay == 30)
+
+
+def test_waiting_is_not_generating(chat, say, monkeypatch):
+  """The clock stands still but for the sleeps on tools, a minute each."""
+  world = World(chat, [[[say.calls("a"), say.answer("0")]]])
+  world.build(Sandbox(lambda code: 5))
+  now = [0.0]
+  clock = types.SimpleNamespace(
+    monotonic=time.monotonic, perf_counter=lambda: now[0]
+  )
+  monkeypatch.setattr(rollout, "time", clock)
+
+  def wait(*args, **kwargs):
+    now[0] += 60.0
+
+  monkeypatch.setattr(futures, "wait", wait)
+  world.draw()
+  n_sleeps = now[0] / 60.0
+  assert n_sleeps >= 2
+  assert world.timing.tools == now[0] and world.timing.generate == 0.0
+
+
+def test_a_sampler_that_draws_nothing_is_an_error(chat, say):
+  """Rather than a loop that turns for ever."""
+  world = World(chat, [[[say.answer("0")]]])
+  world.build()
+  world.sampler.dispatch = lambda: False
+  with pytest.raises(RuntimeError, match="draws nothing"):
+    world.draw()
+  assert world.sampler.n_rollouts == 0
+
+
 # --------------------------------------------------------------------- order
 
 
@@ -547,10 +967,7 @@ def test_episodes_stand_in_order_of_ids(chat, mixed):
   assert [[e.rollout_id for e in g] for g in groups] == [[0, 1, 2]] * 3
   assert [g[0].task_index for g in groups] == [100, 101, 102]
   assert [g[0].group_index for g in groups] == [0, 1, 2]
-  for episode, key in zip(
-    [e for g in groups for e in g], world.keys, strict=True
-  ):
-    world.check(episode, key)
+  world.check_all(groups)
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 9])
@@ -560,6 +977,30 @@ def test_schedule_does_not_change_episodes(chat, mixed, n_slots, chunk):
   delay = lambda code: sum(code.encode()) * 7 % 11
   got = World(chat, mixed, n_slots=n_slots, chunk=chunk).run(Sandbox(delay))
   assert dump(got) == want
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_schedules_do_not_change_episodes(chat, say, mixed, seed):
+  """Slots, chunks and the patience that each call asks for, by the dice."""
+  rng = np.random.default_rng(seed)
+  odd = [
+    [say.text("1234567890" * 30)],  # too long
+    [say.calls("x", "y", "z"), [*say.text("12345"), scripted.BREAK]],
+    [say.calls("bad"), say.answer("6")],
+  ]
+  results = {"bad": Result(status=Status.INFRA)}
+  texts = [*mixed, odd]
+  want = dump(World(chat, texts).run(Sandbox(results=results)))
+  delays = collections.defaultdict(lambda: int(rng.integers(0, 25)))
+  world = World(
+    chat,
+    texts,
+    n_slots=int(rng.integers(1, 13)),
+    chunk=int(rng.integers(1, 50)),
+  )
+  groups = world.run(Sandbox(delays.__getitem__, results))
+  assert dump(groups) == want
+  world.check_all(groups)
 
 
 def test_others_decode_while_one_waits(chat, say):
@@ -594,12 +1035,23 @@ def test_head_fills_in_the_box(chat, say):
     k.tobytes(): [say.text(f"{n}0}}}}rest") + [say.end]]
     for n, k in enumerate(keys_B2)
   }
-  sampler = Sampler(scripts, n_slots=2)
-  texts = rollout.draw_from_head(
+  sampler = scripted.ScriptedSampler(
+    lambda request: scripts[request.key.tobytes()], n_slots=2
+  )
+  texts = evaluate.draw_from_head(
     sampler, chat, problems, seed=SEED, max_tokens=24
   )
   assert texts == ["00", "10", "20", "30", "40"]
-  assert sampler.n_free == 2
-  fed = sampler.fed[keys_B2[3].tobytes()]
+  assert sampler.n_rollouts == 0
+  fed = sampler.fed[3]
   prefix = chat.prompt_ids("3+1") + chat.answer_prefix_ids()
   assert fed[: len(prefix)] == prefix
+
+
+def test_a_head_without_room_says_nothing(chat):
+  problems = [problem.Problem("p", 0, "1+1", "2")]
+  sampler = scripted.ScriptedSampler(lambda request: [])
+  texts = evaluate.draw_from_head(
+    sampler, chat, problems, seed=SEED, max_tokens=0
+  )
+  assert texts == [""] and sampler.n_rollouts == 0

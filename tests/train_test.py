@@ -9,7 +9,6 @@ import jax
 import jax.monitoring
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import quickstart
 from roc import build, config, errors, evaluate, layout, runlog, sft, train
@@ -66,24 +65,6 @@ def stop_after(monkeypatch, cls, name, n):
     return real(*args, **kwargs)
 
   monkeypatch.setattr(cls, name, limited)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-  """Seconds are for the runs: what one compiled, the next one finds."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  compilation_cache.reset_cache()
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @dataclasses.dataclass

@@ -1,320 +1,374 @@
-"""The rollout engine: S slots, one KV cache, tokens drawn on the device.
+"""The rollout engine: continuous batching over a paged key/value cache.
 
-Four verbs, which the agent loop drives: `submit` puts rollouts into free
-slots, `decode` draws up to a chunk of tokens for every running slot in one
-device-side loop, `extend` appends a tool's answer behind what a slot already
-holds (nothing is ever prefilled twice), `release` frees it. Each slot keeps
-one token *pending*: known, but not yet in the cache. Sampling never looks at
-other slots, so the schedule does not change what is drawn.
+The agent loop hands over rollouts (`submit`), asks for tokens (`dispatch` starts
+a chunk on the device, `collect` waits for it), appends tools' answers behind
+what a rollout already holds (`extend`) and takes rollouts out (`release`).
+Between `dispatch` and `collect` the host is free for other work.
 
-All shapes are fixed by the config: two programs are compiled, whatever the
-prompts, tools and lengths are.
+All that the device keeps is the pool of pages. A rollout's table, length, last
+token and budget live on the host (`schedule`) and travel with each chunk; so any
+rollout can take any of the S slots, one that waits for a tool occupies pages
+and no slot, and giving up sampled tokens is a matter of counting back. Each
+rollout keeps one token *pending*: known, but not in the cache yet. A prompt is
+prefilled once and its pages are shared by all rollouts that start with it; only
+a last page that is part full is copied. Nothing is ever fed twice, and sampling
+never looks at other rollouts, so the schedule does not change what is drawn.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from roc.device import decoding, engine_stats, paged, sampling
 from roc.device import model as model_lib
-from roc.device import sampling
+from roc.device import schedule as schedule_lib
 
+Request = schedule_lib.Request
 
-@dataclasses.dataclass(frozen=True)
-class SlotState:
-  """What the device knows of each slot."""
-
-  cache: model_lib.Cache
-  length_S: jax.Array  # int32: tokens in the cache
-  pending_S: jax.Array  # int32: next input token
-  budget_S: jax.Array  # int32: tokens it may still draw
-  key_S2: jax.Array  # uint32: the rollout's random stream
-  is_running_S: jax.Array  # bool: decode draws for it
-
-
-jax.tree_util.register_dataclass(
-  SlotState,
-  data_fields=[f.name for f in dataclasses.fields(SlotState)],
-  meta_fields=[],
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """One rollout to start.
-
-  Attributes:
-    prompt: token ids.
-    key: uint32 [2], see `sampling.rollout_keys`.
-    budget: tokens it may hold beyond the prompt, tool tokens included.
-  """
-
-  prompt: Sequence[int]
-  key: np.ndarray
-  budget: int
+# Given the ids of a turn so far: how many of them the turn has, or None while
+# it goes on. For turns whose end no single id marks.
+FindStop = Callable[[Sequence[int]], int | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-  """What one decode chunk gave one slot.
+  """What one chunk gave one rollout.
 
   Attributes:
     tokens: ids in order, a stop id last if one was drawn.
     logps: log-probs of the sampling distribution, one a token.
-    is_stopped: a stop id was drawn or the budget is spent; the slot waits for
+    raw_logps: log-probs of the model's own distribution, one a token.
+    is_stopped: it draws no more (a stop, the budget, or broken) and waits for
       `extend` or `release`.
+    is_broken: its logits were not finite; it can only be released.
   """
 
   tokens: list[int]
   logps: list[float]
+  raw_logps: list[float]
   is_stopped: bool
+  is_broken: bool = False
+
+
+@dataclasses.dataclass
+class _Flight:
+  """What is under way on the device, in the order in which it runs."""
+
+  start: float
+  fed: Any = None  # a number that is there when all is fed
+  handles: list[int] = dataclasses.field(default_factory=list)  # slot by slot
+  chunk: decoding.Chunk | None = None
 
 
 class Engine:
-  """Batched sampler over a fixed number of slots."""
+  """Batched sampler; the module's head says who calls what."""
 
   def __init__(
     self,
     policy: model_lib.Policy,
     config: sampling.SamplingConfig,
     stop_ids: Sequence[int],
+    *,
+    find_stop: FindStop | None = None,
   ):
+    """Builds an engine, without weights as yet.
+
+    Args:
+      policy: the model.
+      config: shapes, cache and sampling.
+      stop_ids: ids that end a turn, seen on the device.
+      find_stop: asked on the host after each chunk; what was drawn behind the
+        end that it finds is taken back.
+
+    Raises:
+      ValueError: no slots, or a cache that cannot hold one rollout.
+    """
     self.policy = policy
     self.config = config
-    self.prefilled_tokens = 0  # fed by submit and extend, over its life
-    self._stop_ids = tuple(stop_ids)
+    self._find_stop = find_stop
+    self._schedule = schedule_lib.Schedule(config)
+    self._programs = decoding.Programs(policy, config, stop_ids)
+    self._fuse = jax.jit(policy.fuse)
     self._params: model_lib.Params | None = None
-    self._free = list(range(config.n_slots))[::-1]
-    self._append = jax.jit(self._append_fn, donate_argnums=1)
-    self._decode = jax.jit(self._decode_fn, donate_argnums=1)
-    # Committed, like the weights, and so is all that the host writes into it:
-    # jit compiles once more for every other placement of its arguments.
+    # Committed, like the weights: jit compiles once more for every other
+    # placement of its arguments.
     self._device = jax.local_devices()[0]
-    self._state = jax.device_put(self._empty_state(), self._device)
+    n_pages = self._schedule.book.n_pages
+    self._pool = jax.device_put(
+      policy.empty_pool(n_pages, config.page), self._device
+    )
+    self._flight: _Flight | None = None
+    self._stats = engine_stats.Stats(config.n_slots, n_pages)
 
   @property
-  def n_free(self) -> int:
-    """Slots that can take a request."""
-    return len(self._free)
+  def n_rollouts(self) -> int:
+    """Rollouts that were submitted and not released."""
+    return self._schedule.n_rollouts
+
+  @property
+  def prefilled_tokens(self) -> int:
+    """Tokens of prompts and answers that were fed, over the engine's life."""
+    return self._stats.prefilled_tokens
+
+  def stats(self) -> dict[str, float]:
+    """What the engine did since it was last asked (`engine_stats.Stats`)."""
+    return self._stats.take(self._programs.n_compiled)
 
   def set_params(self, params: model_lib.Params) -> None:
     """Weights for all that follows, brought to the engine's device.
 
+    The first time all programs are compiled.
+
     Raises:
-      RuntimeError: a slot is in use; its cache belongs to the weights that
-        filled it.
+      RuntimeError: a rollout is under way; its cache belongs to the weights
+        that filled it.
     """
-    if len(self._free) != self.config.n_slots:
+    if self.n_rollouts:
       raise RuntimeError("set_params while rollouts are in flight")
-    self._params = jax.device_put(params, self._device)
+    is_first = self._params is None
+    self._params = self._fuse(jax.device_put(params, self._device))
+    if is_first:
+      self._warm_up()
 
   def submit(self, requests: Sequence[Request]) -> list[int]:
-    """Starts rollouts; returns the slot of each.
+    """Queues rollouts, which enter as slots and cache allow.
+
+    Returns:
+      a handle for each.
 
     Raises:
       RuntimeError: no parameters yet.
-      ValueError: more requests than free slots, an empty prompt, or a prompt
-        and budget that exceed the cache.
+      ValueError: an empty prompt, or a prompt and budget that exceed the cache.
     """
     if self._params is None:
       raise RuntimeError("set_params comes before submit")
-    if len(requests) > len(self._free):
-      raise ValueError(f"{len(requests)} requests for {len(self._free)} slots")
-    for r in requests:
-      if not r.prompt:
-        raise ValueError("a prompt holds at least one token")
-      if len(r.prompt) + r.budget > self.config.cache_length:
-        raise ValueError(
-          f"prompt of {len(r.prompt)} tokens plus budget {r.budget} exceeds "
-          f"sampling.cache_length={self.config.cache_length}"
-        )
-    slots = [self._free.pop() for _ in requests]
-    length_S, budget_S, key_S2 = self._host_copy()
-    for slot, r in zip(slots, requests, strict=True):
-      length_S[slot] = 0
-      budget_S[slot] = r.budget
-      key_S2[slot] = r.key
-    self._write(length_S=length_S, budget_S=budget_S, key_S2=key_S2)
-    self._feed(
-      {s: list(r.prompt) for s, r in zip(slots, requests, strict=True)}
-    )
-    return slots
+    return self._schedule.submit(requests)
 
   def extend(self, observations: Mapping[int, Sequence[int]]) -> None:
-    """Appends ids behind what each slot holds and lets it run again.
+    """Appends ids behind what rollouts hold and lets them draw again.
 
-    The ids count against the slot's budget; the caller checks that they fit
+    The ids count against the budget; the caller checks that they fit
     (`budget_left`).
+
+    Raises:
+      ValueError: they do not fit, or the rollout's turn goes on.
     """
-    pending_S = np.asarray(self._state.pending_S)
-    budget_S = np.array(self._state.budget_S)
-    feed = {}
-    for slot, ids in observations.items():
-      if len(ids) > budget_S[slot]:
-        raise ValueError(
-          f"{len(ids)} tokens exceed slot {slot}'s budget {budget_S[slot]}"
-        )
-      budget_S[slot] -= len(ids)
-      feed[slot] = [int(pending_S[slot]), *ids]
-    self._write(budget_S=budget_S)
-    self._feed(feed)
+    for handle, ids in observations.items():
+      self._schedule.extend(handle, ids)
+
+  def release(self, handles: Sequence[int]) -> None:
+    """Takes rollouts out, whatever they are doing; frees their pages."""
+    for handle in handles:
+      self._schedule.release(handle)
+
+  def budget_left(self, handle: int) -> int:
+    """Tokens that a rollout may still hold."""
+    return self._schedule.budget_left(handle)
 
   def decode(self) -> dict[int, Drawn]:
-    """Draws up to `chunk` tokens for every running slot.
+    """`dispatch` and `collect`, for callers with nothing else to do.
 
     Returns:
-      a `Drawn` for each slot that drew something.
+      what was drawn; nothing once every rollout waits for its caller.
+    """
+    while self.dispatch():
+      if drawn := self.collect():
+        return drawn
+    return {}
+
+  def dispatch(self) -> bool:
+    """Admits, feeds and starts to draw, without waiting for the device.
+
+    Returns:
+      whether anything was started, so that there is something to collect.
+
+    Raises:
+      RuntimeError: no parameters yet, or the last chunk was not collected.
     """
     if self._params is None:
-      raise RuntimeError("set_params comes before decode")
-    self._state, out = self._decode(self._params, self._state)
-    token_SK, logp_SK, n_S, is_running_S = jax.device_get(out)
+      raise RuntimeError("set_params comes before dispatch")
+    if self._flight is not None:
+      raise RuntimeError("collect comes before the next dispatch")
+    flight = _Flight(time.perf_counter())
+    self._clear()
+    self._schedule.admit()
+    self._feed(flight)
+    self._draw(flight)
+    if flight.fed is None and flight.chunk is None:
+      return False
+    self._flight = flight
+    return True
+
+  def collect(self) -> dict[int, Drawn]:
+    """Waits for what `dispatch` started.
+
+    Returns:
+      a `Drawn` for each rollout that drew something or broke.
+
+    Raises:
+      RuntimeError: nothing was dispatched.
+    """
+    if self._flight is None:
+      raise RuntimeError("dispatch comes before collect")
+    flight, self._flight = self._flight, None
+    if flight.fed is not None:
+      jax.block_until_ready(flight.fed)
+      now = time.perf_counter()
+      self._stats.count_feeding(now - flight.start)
+      flight.start = now
+    if flight.chunk is None:
+      return {}
+    chunk: decoding.Chunk = jax.device_get(flight.chunk)
+    self._stats.count_chunk(
+      time.perf_counter() - flight.start,
+      n_tokens=int(chunk.n_S.sum()),
+      n_steps=int(chunk.n_steps),
+      n_free_pages=self._schedule.book.n_free,
+    )
+    # Those that were released in the meantime drew for nobody.
     return {
-      int(s): Drawn(
-        token_SK[s, : n_S[s]].tolist(),
-        logp_SK[s, : n_S[s]].tolist(),
-        not is_running_S[s],
-      )
-      for s in np.flatnonzero(n_S)
+      handle: self._take_in(self._schedule.rollouts[handle], chunk, slot)
+      for slot, handle in enumerate(flight.handles)
+      if handle in self._schedule.rollouts
     }
 
-  def budget_left(self, slot: int) -> int:
-    """Tokens that the slot may still hold."""
-    return int(self._state.budget_S[slot])
+  # ------------------------------------------------------------------ inside
 
-  def release(self, slots: Sequence[int]) -> None:
-    """Frees slots, running or not."""
-    is_running_S = np.array(self._state.is_running_S)
-    is_running_S[list(slots)] = False
-    self._write(is_running_S=is_running_S)
-    self._free.extend(slots)
+  def _feed(self, flight: _Flight) -> None:
+    """Feeds prompts and answers until something can be drawn, then a bit.
 
-  # -- inside ---------------------------------------------------------------
+    At most one call stands between two chunks of those that draw already, so a
+    long prompt goes in by pieces.
+    """
+    is_drawing = self._schedule.can_any_draw
+    while rows := self._schedule.hungry():
+      self._feed_rows(flight, rows[: self.config.extend_rows])
+      self._fork()
+      if is_drawing:
+        return
+      is_drawing = self._schedule.can_any_draw
+    self._fork()
 
-  def _empty_state(self) -> SlotState:
-    c = self.config
-    zeros_S = jnp.zeros(c.n_slots, jnp.int32)
-    # `append` writes whole chunks, so the last one needs room behind it.
-    spare = max(c.extend_chunk, 1)
-    return SlotState(
-      cache=self.policy.empty_cache(c.n_slots, c.cache_length + spare),
-      length_S=zeros_S,
-      pending_S=zeros_S,
-      budget_S=zeros_S,
-      key_S2=jnp.zeros((c.n_slots, 2), jnp.uint32),
-      is_running_S=jnp.zeros(c.n_slots, bool),
+  def _feed_rows(
+    self, flight: _Flight, rows: Sequence[schedule_lib.Row]
+  ) -> None:
+    """One call: the next piece of each row."""
+    T = self.config.extend_chunk
+    table_RJ, start_R, n_R, tokens_RT = self._no_rows()
+    for i, row in enumerate(rows):
+      piece, row.feed = row.feed[:T], row.feed[T:]
+      table_RJ[i], start_R[i], n_R[i] = row.table_J, row.length, len(piece)
+      tokens_RT[i, : len(piece)] = piece
+      row.length += len(piece)
+      is_answer = isinstance(row, schedule_lib.Rollout) and row.n_drawn > 0
+      self._stats.count_fed(len(piece), is_answer=is_answer)
+    self._pool, flight.fed = self._programs.feed(
+      self._params, self._pool, table_RJ, start_R, n_R, tokens_RT
     )
 
-  def _write(self, **fields: np.ndarray) -> None:
-    """Replaces fields of the state from the host."""
-    self._state = dataclasses.replace(
-      self._state, **jax.device_put(fields, self._device)
+  def _no_rows(self) -> tuple[np.ndarray, ...]:
+    R, T = self.config.extend_rows, self.config.extend_chunk
+    J = self._schedule.n_columns
+    return (
+      np.full((R, J), paged.NO_PAGE, np.int32),
+      np.zeros(R, np.int32),
+      np.zeros(R, np.int32),
+      np.zeros((R, T), np.int32),
     )
 
-  def _host_copy(self) -> tuple[np.ndarray, ...]:
-    s = self._state
-    return tuple(np.array(x) for x in (s.length_S, s.budget_S, s.key_S2))
+  def _fork(self) -> None:
+    for pairs in self._in_rows(self._schedule.fork()):
+      source_R, target_R = pairs.T
+      self._pool = self._programs.copy(self._pool, source_R, target_R)
 
-  def _feed(self, ids_by_slot: dict[int, list[int]]) -> None:
-    """Caches all but the last id of each slot; the last becomes pending."""
-    P, R = self.config.extend_chunk, self.config.extend_rows
-    longest = max((len(ids) for ids in ids_by_slot.values()), default=0) - 1
-    for start in range(0, longest, P):
-      parts = [
-        (slot, ids[start : min(start + P, len(ids) - 1)])
-        for slot, ids in ids_by_slot.items()
-        if start < len(ids) - 1
-      ]
-      for first in range(0, len(parts), R):
-        self._feed_rows(parts[first : first + R])
-    pending_S = np.array(self._state.pending_S)
-    is_running_S = np.array(self._state.is_running_S)
-    budget_S = np.asarray(self._state.budget_S)
-    for slot, ids in ids_by_slot.items():
-      pending_S[slot] = ids[-1]
-      is_running_S[slot] = budget_S[slot] > 0
-    self._write(pending_S=pending_S, is_running_S=is_running_S)
+  def _clear(self) -> None:
+    """Zeros pages whose numbers are broken, before somebody gets them."""
+    for page_R1 in self._in_rows(
+      [(page,) for page in self._schedule.take_broken_pages()]
+    ):
+      self._pool = self._programs.clear(self._pool, page_R1[:, 0])
 
-  def _feed_rows(self, parts: Sequence[tuple[int, list[int]]]) -> None:
-    """Caches a piece of at most R slots, in the one shape that is compiled."""
-    P, R = self.config.extend_chunk, self.config.extend_rows
-    slot_R = np.full(R, self.config.n_slots, np.int32)  # rows without a slot
-    tokens_RP = np.zeros((R, P), np.int32)
-    n_R = np.zeros(R, np.int32)
-    for row, (slot, part) in enumerate(parts):
-      slot_R[row], n_R[row] = slot, len(part)
-      tokens_RP[row, : len(part)] = part
-    self.prefilled_tokens += int(n_R.sum())
-    self._state = self._append(
-      self._params, self._state, slot_R, tokens_RP, n_R
-    )
-
-  def _append_fn(
-    self, params, state: SlotState, slot_R, tokens_RP, n_R
-  ) -> SlotState:
-    # A row without a slot reads any slot and is dropped on writing.
-    take = functools.partial(jnp.take, mode="clip")
-    rows = jax.tree.map(lambda x: take(x, slot_R, axis=1), state.cache)
-    _, rows = self.policy.append(
-      params, rows, tokens_RP, take(state.length_S, slot_R)
-    )
-    cache = jax.tree.map(
-      lambda x, row: x.at[:, slot_R].set(row, mode="drop"), state.cache, rows
-    )
-    length_S = state.length_S.at[slot_R].add(n_R, mode="drop")
-    return dataclasses.replace(state, cache=cache, length_S=length_S)
-
-  def _decode_fn(self, params, state: SlotState):
-    c = self.config
-    S, K = c.n_slots, c.chunk
-    unembed_DV = self.policy.unembedding(params)
-    stop_ids = jnp.array(self._stop_ids, jnp.int32)
-    draw = functools.partial(
-      sampling.sample,
-      temperature=c.temperature,
-      top_k=c.top_k,
-      top_p=c.top_p,
-    )
-
-    def any_running(carry):
-      t, state, *_ = carry
-      return (t < K) & jnp.any(state.is_running_S)
-
-    def one_token(carry):
-      t, state, token_SK, logp_SK, n_S = carry
-      hidden_S1D, cache = self.policy.append(
-        params, state.cache, state.pending_S[:, None], state.length_S
+  def _in_rows(self, items: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+    """Tuples as arrays of R each, filled up with NO_PAGE."""
+    R = self.config.extend_rows
+    parts = [items[i : i + R] for i in range(0, len(items), R)]
+    return [
+      np.array(
+        [*part, *[(paged.NO_PAGE,) * len(part[0])] * (R - len(part))], np.int32
       )
-      logits_SV = hidden_S1D[:, 0] @ unembed_DV
-      # Position in the rollout: what is cached, plus the pending token.
-      token_S, logp_S = draw(logits_SV, state.key_S2, state.length_S + 1)
-      live_S = state.is_running_S
-      step_S = live_S.astype(jnp.int32)
-      budget_S = state.budget_S - step_S
-      is_stop_S = jnp.any(token_S[:, None] == stop_ids[None], axis=-1)
-      state = dataclasses.replace(
-        state,
-        cache=cache,
-        length_S=state.length_S + step_S,
-        pending_S=jnp.where(live_S, token_S, state.pending_S),
-        budget_S=budget_S,
-        is_running_S=live_S & ~is_stop_S & (budget_S > 0),
-      )
-      token_SK = token_SK.at[:, t].set(jnp.where(live_S, token_S, 0))
-      logp_SK = logp_SK.at[:, t].set(jnp.where(live_S, logp_S, 0.0))
-      return t + 1, state, token_SK, logp_SK, n_S + step_S
+      for part in parts
+    ]
 
-    carry = (
-      jnp.int32(0),
-      state,
-      jnp.zeros((S, K), jnp.int32),
-      jnp.zeros((S, K), jnp.float32),
-      jnp.zeros(S, jnp.int32),
+  def _draw(self, flight: _Flight) -> None:
+    """Starts a chunk for the oldest rollouts that can draw."""
+    flight.handles = self._schedule.draw()
+    if not flight.handles:
+      return
+    S = self.config.n_slots
+    rows = self._no_slots()
+    for slot, handle in enumerate(flight.handles):
+      r = self._schedule.rollouts[handle]
+      rows.table_SJ[slot] = r.table_J
+      rows.length_S[slot] = r.length
+      rows.pending_S[slot] = r.pending
+      rows.budget_S[slot] = r.budget
+      rows.key_S2[slot] = r.key
+    # A slot may stand idle until the chunk ends, unless somebody wants it.
+    is_wanted = self._schedule.is_anyone_waiting(len(flight.handles))
+    most_idle = np.int32(max(1, S // 8) if is_wanted else S + 1)
+    self._pool, flight.chunk = self._programs.draw(
+      self._params, self._pool, rows, most_idle
     )
-    _, state, token_SK, logp_SK, n_S = jax.lax.while_loop(
-      any_running, one_token, carry
+
+  def _no_slots(self) -> decoding.Rows:
+    S, J = self.config.n_slots, self._schedule.n_columns
+    return decoding.Rows(
+      np.full((S, J), paged.NO_PAGE, np.int32),
+      np.zeros(S, np.int32),
+      np.zeros(S, np.int32),
+      np.zeros(S, np.int32),
+      np.zeros((S, 2), np.uint32),
     )
-    return state, (token_SK, logp_SK, n_S, state.is_running_S)
+
+  def _take_in(
+    self, r: schedule_lib.Rollout, chunk: decoding.Chunk, slot: int
+  ) -> Drawn:
+    """Books what a rollout drew; takes back what lies behind a late stop."""
+    n = int(chunk.n_S[slot])
+    tokens = chunk.token_SC[slot, :n].tolist()
+    is_stopped = bool(chunk.is_stopped_S[slot])
+    if self._find_stop is not None and tokens:
+      n_turn = self._find_stop([*r.turn, *tokens])
+      if n_turn is not None:
+        n, is_stopped = max(n_turn - len(r.turn), 1), True
+        tokens = tokens[:n]
+    r.turn += tokens
+    r.pending = tokens[-1] if tokens else r.pending
+    r.n_drawn += n
+    r.length += n
+    r.budget -= n
+    r.is_parked = is_stopped
+    r.is_broken = bool(chunk.is_broken_S[slot])
+    return Drawn(
+      tokens,
+      chunk.logp_SC[slot, :n].tolist(),
+      chunk.raw_logp_SC[slot, :n].tolist(),
+      is_stopped,
+      r.is_broken,
+    )
+
+  def _warm_up(self) -> None:
+    """Compiles every program by running it on nothing."""
+    self._pool, _ = self._programs.feed(
+      self._params, self._pool, *self._no_rows()
+    )
+    none_R = np.full(self.config.extend_rows, paged.NO_PAGE, np.int32)
+    self._pool = self._programs.copy(self._pool, none_R, none_R)
+    self._pool, chunk = self._programs.draw(
+      self._params, self._pool, self._no_slots(), np.int32(1)
+    )
+    jax.block_until_ready(chunk)

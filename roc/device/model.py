@@ -7,22 +7,25 @@ compile time does not grow with depth.
 
 Flax NNX builds the module once; `Policy` splits it at the border. From there on
 the parameters are a plain nested dict of arrays and every method is a pure
-function of them, used by the rollout engine and by the train step alike.
+function of them, used by the rollout engine and by the train step alike. The
+engine may hold them *fused* (`Policy.fuse`): the same block with its input
+projections side by side, fewer and larger products for few rows.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Params = dict[str, Any]
+from roc.device import attention as attention_lib
+from roc.device import paged, paged_tpu
 
-# Finite, so that a row that may attend to nothing softmaxes to something
-# finite too; such rows are padding and their output is never read.
-_NEG_INF = -1e30
+Params = dict[str, Any]
+Pool = paged.Pool | paged_tpu.Pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,9 @@ class ModelConfig:
   tie_embeddings: bool = True
   dtype: str = "float32"  # compute; parameters are always float32
   remat: str = "none"  # "none" | "full": recompute each layer in backward
+  # "xla": plain operations; "pallas": kernels that only a TPU runs; "auto":
+  # those on a TPU if the heads suit them, else plain operations.
+  attention: str = "auto"
 
 
 # Keys and values go in, the attention's output and the new cache come out.
@@ -50,7 +56,9 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 class Block(nnx.Module):
   """One layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(
+    self, config: ModelConfig, *, rngs: nnx.Rngs, is_fused: bool = False
+  ):
     c = config
     dtype = jnp.dtype(c.dtype)
 
@@ -65,49 +73,70 @@ class Block(nnx.Module):
 
     residual_scale = 1.0 / (2 * c.n_layers)
     self.config = c
+    self.is_fused = is_fused
     self.attn_norm = norm(c.d_model)
-    self.q_proj = linear(c.d_model, c.n_heads * c.head_dim)
-    self.k_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
-    self.v_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
+    if is_fused:
+      n_heads = c.n_heads + 2 * c.n_kv_heads
+      self.qkv_proj = linear(c.d_model, n_heads * c.head_dim)
+      self.gate_up_proj = linear(c.d_model, 2 * c.d_ff)
+    else:
+      self.q_proj = linear(c.d_model, c.n_heads * c.head_dim)
+      self.k_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
+      self.v_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
+      self.gate_proj = linear(c.d_model, c.d_ff)
+      self.up_proj = linear(c.d_model, c.d_ff)
     self.q_norm = norm(c.head_dim)
     self.k_norm = norm(c.head_dim)
     self.o_proj = linear(c.n_heads * c.head_dim, c.d_model, residual_scale)
     self.mlp_norm = norm(c.d_model)
-    self.gate_proj = linear(c.d_model, c.d_ff)
-    self.up_proj = linear(c.d_model, c.d_ff)
     self.down_proj = linear(c.d_ff, c.d_model, residual_scale)
 
   def __call__(
-    self, x_BTD: jax.Array, position_BT: jax.Array, attend: Attend
+    self, x_BTD: jax.Array, turn: "Rotation", attend: Attend
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream after this layer and what `attend` kept."""
     c = self.config
     dtype = jnp.dtype(c.dtype)
     lead = x_BTD.shape[:2]
     h_BTD = self.attn_norm(x_BTD).astype(dtype)
-    q_BTHE = self.q_proj(h_BTD).reshape(*lead, c.n_heads, c.head_dim)
-    k_BTKE = self.k_proj(h_BTD).reshape(*lead, c.n_kv_heads, c.head_dim)
-    v_BTKE = self.v_proj(h_BTD).reshape(*lead, c.n_kv_heads, c.head_dim)
-    q_BTHE = rope(self.q_norm(q_BTHE), position_BT, c.rope_theta)
-    k_BTKE = rope(self.k_norm(k_BTKE), position_BT, c.rope_theta)
-    out_BTHE, kept = attend(q_BTHE.astype(dtype), k_BTKE.astype(dtype), v_BTKE)
+    q_BTHE, k_BTKE, v_BTKE = (
+      x.reshape(*lead, -1, c.head_dim) for x in self._qkv(h_BTD)
+    )
+    q_BTHE = turn(self.q_norm(q_BTHE)).astype(dtype)
+    k_BTKE = turn(self.k_norm(k_BTKE)).astype(dtype)
+    out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
     x_BTD += self.o_proj(out_BTHE.reshape(*lead, -1)).astype(x_BTD.dtype)
     h_BTD = self.mlp_norm(x_BTD).astype(dtype)
-    h_BTF = jax.nn.silu(self.gate_proj(h_BTD)) * self.up_proj(h_BTD)
+    gate_BTF, up_BTF = self._gate_up(h_BTD)
+    h_BTF = jax.nn.silu(gate_BTF) * up_BTF
     x_BTD += self.down_proj(h_BTF).astype(x_BTD.dtype)
     return x_BTD, kept
+
+  def _qkv(self, h_BTD: jax.Array) -> Sequence[jax.Array]:
+    if not self.is_fused:
+      return self.q_proj(h_BTD), self.k_proj(h_BTD), self.v_proj(h_BTD)
+    c = self.config
+    n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    return jnp.split(self.qkv_proj(h_BTD), (n_q, n_q + n_kv), axis=-1)
+
+  def _gate_up(self, h_BTD: jax.Array) -> Sequence[jax.Array]:
+    if not self.is_fused:
+      return self.gate_proj(h_BTD), self.up_proj(h_BTD)
+    return jnp.split(self.gate_up_proj(h_BTD), 2, axis=-1)
 
 
 class Transformer(nnx.Module):
   """Embedding, a stack of `Block`s, final norm, head."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(
+    self, config: ModelConfig, *, rngs: nnx.Rngs, is_fused: bool = False
+  ):
     c = config
 
     @nnx.split_rngs(splits=c.n_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
-      return Block(c, rngs=rngs)
+      return Block(c, rngs=rngs, is_fused=is_fused)
 
     self.embed = nnx.Embed(
       c.vocab_size,
@@ -119,7 +148,7 @@ class Transformer(nnx.Module):
     self.final_norm = nnx.RMSNorm(
       c.d_model, epsilon=c.norm_eps, dtype=jnp.float32, rngs=rngs
     )
-    if not c.tie_embeddings:
+    if is_fused or not c.tie_embeddings:
       self.head = nnx.Linear(
         c.d_model,
         c.vocab_size,
@@ -129,63 +158,26 @@ class Transformer(nnx.Module):
       )
 
 
-def rope(x_BTHE: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-  """Rotary position embedding, halves rotated (RoFormer, arXiv 2104.09864)."""
-  half = x_BTHE.shape[-1] // 2
-  frequency_E = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BT1E = (
-    position_BT[..., None, None].astype(jnp.float32)
-    * frequency_E[None, None, None]
-  )
-  cos, sin = jnp.cos(angle_BT1E), jnp.sin(angle_BT1E)
-  a, b = x_BTHE[..., :half], x_BTHE[..., half:]
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+class Rotation:
+  """Rotary position embedding, halves rotated (RoFormer, arXiv 2104.09864).
 
-
-def attention(
-  q_BTHE: jax.Array,
-  k_BKTE: jax.Array,
-  v_BKTE: jax.Array,
-  may_attend_BTT: jax.Array,
-) -> jax.Array:
-  """Grouped-query attention; softmax in float32.
-
-  Args:
-    q_BTHE: queries.
-    k_BKTE: keys, in the cache's layout (heads before time).
-    v_BKTE: values, likewise.
-    may_attend_BTT: bool [B, queries, keys].
-
-  Returns:
-    [B, T, H, E] in the dtype of `q`.
+  The angles are the same in every layer, so they are computed once.
   """
-  B, T, H, E = q_BTHE.shape
-  K = k_BKTE.shape[1]
-  # Queries of one kv head side by side, so each is a single matrix product.
-  q = q_BTHE.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
-  q = q.reshape(B, K, (H // K) * T, E)
-  logits = jnp.einsum(
-    "bkqe,bkte->bkqt", q, k_BKTE, preferred_element_type=jnp.float32
-  ) * (E**-0.5)
-  logits = logits.reshape(B, K, H // K, T, -1)
-  logits = jnp.where(may_attend_BTT[:, None, None], logits, _NEG_INF)
-  p = jax.nn.softmax(logits, axis=-1).astype(v_BKTE.dtype)
-  out = jnp.einsum("bkqt,bkte->bkqe", p.reshape(B, K, -1, p.shape[-1]), v_BKTE)
-  out = out.reshape(B, K, H // K, T, E).transpose(0, 3, 1, 2, 4)
-  return out.reshape(B, T, H, E).astype(q_BTHE.dtype)
 
+  def __init__(self, position_BT: jax.Array, head_dim: int, theta: float):
+    half = head_dim // 2
+    frequency_E = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1E = (
+      position_BT[..., None, None].astype(jnp.float32)
+      * frequency_E[None, None, None]
+    )
+    self._cos_BT1E, self._sin_BT1E = jnp.cos(angle_BT1E), jnp.sin(angle_BT1E)
 
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Keys and values of every slot; entries below a slot's length are valid."""
-
-  k_LSKTE: jax.Array
-  v_LSKTE: jax.Array
-
-
-jax.tree_util.register_dataclass(
-  Cache, data_fields=["k_LSKTE", "v_LSKTE"], meta_fields=[]
-)
+  def __call__(self, x_BTHE: jax.Array) -> jax.Array:
+    """Turns queries or keys by the angle of their position."""
+    a, b = jnp.split(x_BTHE, 2, axis=-1)
+    cos, sin = self._cos_BT1E, self._sin_BT1E
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Policy:
@@ -194,8 +186,19 @@ class Policy:
   Holds only static structure: build one, close over it, jit what uses it.
   """
 
-  def __init__(self, config: ModelConfig):
-    """Raises ValueError for shapes that cannot be."""
+  def __init__(
+    self, config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+  ):
+    """Builds a policy.
+
+    Args:
+      config: shapes.
+      mesh: that `hidden` runs on, which the Pallas kernels have to know; None:
+        a single device.
+
+    Raises:
+      ValueError: shapes that cannot be.
+    """
     if config.vocab_size < 1:
       raise ValueError(
         f"model.vocab_size is {config.vocab_size}; it must be positive"
@@ -205,11 +208,25 @@ class Policy:
         f"model.n_heads={config.n_heads} must be a multiple of "
         f"model.n_kv_heads={config.n_kv_heads}"
       )
+    objection = paged_tpu.objection(
+      config.n_kv_heads, config.head_dim, config.dtype
+    )
+    if config.attention == "pallas" and objection:
+      raise ValueError(f"model.attention=pallas {objection}")
     self.config = config
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    self._graphdef, state = nnx.split(abstract)
-    self._treedef = jax.tree.structure(state)
-    self.abstract_params: Params = nnx.to_pure_dict(state)
+    self.mesh = mesh
+    self._suits_pallas = not objection
+    plain = nnx.split(_abstract(config, is_fused=False))
+    fused = nnx.split(_abstract(config, is_fused=True))
+    self._splits = (plain, fused)
+    self.abstract_params: Params = nnx.to_pure_dict(plain[1])
+
+  @property
+  def uses_pallas(self) -> bool:
+    """Whether attention runs in Pallas kernels (`ModelConfig.attention`)."""
+    if self.config.attention != "auto":
+      return self.config.attention == "pallas"
+    return self._suits_pallas and jax.default_backend() == "tpu"
 
   def init(self, key: jax.Array) -> Params:
     """Fresh float32 parameters; consumes `key`. Jit with out_shardings."""
@@ -217,15 +234,42 @@ class Policy:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
   def _module(self, params: Params) -> Transformer:
+    graphdef, abstract = self._splits["qkv_proj" in params["layers"]]
     # Both are dicts flattened in key order, so leaves correspond.
-    state = jax.tree.unflatten(self._treedef, jax.tree.leaves(params))
-    return nnx.merge(self._graphdef, state)
+    state = jax.tree.unflatten(
+      jax.tree.structure(abstract), jax.tree.leaves(params)
+    )
+    return nnx.merge(graphdef, state)
 
   def unembedding(self, params: Params) -> jax.Array:
     """The head's matrix [D, V]: the embedding's transpose when tied."""
-    if self.config.tie_embeddings:
-      return params["embed"]["embedding"].T
-    return params["head"]["kernel"]
+    if "head" in params:
+      return params["head"]["kernel"]
+    return params["embed"]["embedding"].T
+
+  def fuse(self, params: Params) -> Params:
+    """Parameters as the engine holds them: cast once, projections fused.
+
+    The same numbers in the compute dtype (norms stay float32), with q, k and v
+    side by side, gate and up side by side, and the head as its own matrix. All
+    methods take either form.
+    """
+    dtype = jnp.dtype(self.config.dtype)
+    layers = dict(params["layers"])
+
+    def beside(*names: str) -> Params:
+      kernels = [layers.pop(name)["kernel"] for name in names]
+      return {"kernel": jnp.concatenate(kernels, axis=-1)}
+
+    layers |= {
+      "qkv_proj": beside("q_proj", "k_proj", "v_proj"),
+      "gate_up_proj": beside("gate_proj", "up_proj"),
+    }
+    cast = lambda path, x: x if "norm" in path[-2].key else x.astype(dtype)
+    return jax.tree_util.tree_map_with_path(
+      cast,
+      params | {"layers": layers, "head": {"kernel": self.unembedding(params)}},
+    )
 
   def hidden(
     self,
@@ -249,84 +293,81 @@ class Policy:
     B, T = tokens_BT.shape
     if position_BT is None:
       position_BT = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    causal_TT = jnp.tril(jnp.ones((T, T), bool))
-    may_BTT = jnp.broadcast_to(causal_TT[None], (B, T, T))
-    if segment_BT is not None:
-      may_BTT &= segment_BT[:, :, None] == segment_BT[:, None, :]
+    may_BTT = None
+    if not self.uses_pallas:
+      may_BTT = attention_lib.may_attend(B, T, segment_BT)
 
     def attend(q, k, v):
+      if may_BTT is None:
+        return attention_lib.splash(q, k, v, segment_BT, mesh=self.mesh), None
       heads_first = lambda x: x.transpose(0, 2, 1, 3)
-      return attention(q, heads_first(k), heads_first(v), may_BTT), None
+      args = q, heads_first(k), heads_first(v), may_BTT
+      return attention_lib.grouped(*args), None
 
     module = self._module(params)
     layer_def, layers = nnx.split(module.layers)
+    turn = self._rotation(position_BT)
 
     def body(x_BTD, layer):
-      x_BTD, _ = nnx.merge(layer_def, layer)(x_BTD, position_BT, attend)
+      x_BTD, _ = nnx.merge(layer_def, layer)(x_BTD, turn, attend)
       return x_BTD, None
 
     if self.config.remat == "full":
       body = jax.checkpoint(body)
-    x_BTD = module.embed(tokens_BT)
+    x_BTD = module.embed(tokens_BT).astype(jnp.float32)
     x_BTD, _ = jax.lax.scan(body, x_BTD, layers)
     return module.final_norm(x_BTD)
-
-  def empty_cache(self, n_slots: int, length: int) -> Cache:
-    """Zeros [L, S, K, T, E] in the compute dtype."""
-    c = self.config
-    shape = (c.n_layers, n_slots, c.n_kv_heads, length, c.head_dim)
-    zeros = jnp.zeros(shape, jnp.dtype(c.dtype))
-    return Cache(zeros, jnp.zeros_like(zeros))
 
   def append(
     self,
     params: Params,
-    cache: Cache,
-    tokens_ST: jax.Array,
-    length_S: jax.Array,
-  ) -> tuple[jax.Array, Cache]:
-    """Feeds tokens to every slot behind its `length` cached ones.
-
-    Entries that a slot does not need (its tokens are padding) are written all
-    the same: they lie at or beyond its length, where nothing reads before the
-    next append overwrites them. The cache needs T spare entries for that.
+    pool: Pool,
+    tokens_BT: jax.Array,
+    place: paged.Place,
+  ) -> tuple[jax.Array, Pool]:
+    """Feeds tokens to rows behind what their pages already hold.
 
     Args:
-      params: as from `init`.
-      cache: as from `empty_cache`.
-      tokens_ST: int ids, left-aligned.
-      length_S: valid entries per slot before this call.
+      params: as from `init` or `fuse`.
+      pool: cache of all rows.
+      tokens_BT: int ids, left-aligned.
+      place: which tokens are real and where they go (`paged.place`).
 
     Returns:
-      hidden states [S, T, D] float32 and the new cache.
+      hidden states [B, T, D] float32 (anything where `place` says padding) and
+      the pool with the new keys and values.
     """
-    T = tokens_ST.shape[1]
-    position_ST = length_S[:, None] + jnp.arange(T)[None]
-    entry_T = jnp.arange(cache.k_LSKTE.shape[3])
-    may_STT = entry_T[None, None] <= position_ST[:, :, None]
-    write = jax.vmap(
-      lambda row_KTE, new_KTE, start: jax.lax.dynamic_update_slice(
-        row_KTE, new_KTE, (0, start, 0)
-      )
-    )
     module = self._module(params)
     layer_def, layers = nnx.split(module.layers)
+    turn = self._rotation(place.position_BT)
+    lib = paged_tpu if isinstance(pool, paged_tpu.Pool) else paged
 
     def body(carry, xs):
-      x_STD, k_LSKTE, v_LSKTE = carry
+      x_BTD, pool = carry
       i, layer = xs
+      attend = functools.partial(lib.attend, pool, place, i)
+      return nnx.merge(layer_def, layer)(x_BTD, turn, attend), None
 
-      def attend(q, k, v):
-        k_SKTE = write(k_LSKTE[i], k.transpose(0, 2, 1, 3), length_S)
-        v_SKTE = write(v_LSKTE[i], v.transpose(0, 2, 1, 3), length_S)
-        out = attention(q, k_SKTE, v_SKTE, may_STT)
-        return out, (k_LSKTE.at[i].set(k_SKTE), v_LSKTE.at[i].set(v_SKTE))
-
-      block = nnx.merge(layer_def, layer)
-      x_STD, (k_LSKTE, v_LSKTE) = block(x_STD, position_ST, attend)
-      return (x_STD, k_LSKTE, v_LSKTE), None
-
-    carry = (module.embed(tokens_ST), cache.k_LSKTE, cache.v_LSKTE)
+    # Not `embed()`, which would cast the whole table for a few rows of it.
+    x_BTD = jnp.take(module.embed.embedding[...], tokens_BT, axis=0)
+    carry = (x_BTD.astype(jnp.float32), pool)
     steps = (jnp.arange(self.config.n_layers), layers)
-    (x_STD, k, v), _ = jax.lax.scan(body, carry, steps)
-    return module.final_norm(x_STD), Cache(k, v)
+    (x_BTD, pool), _ = jax.lax.scan(body, carry, steps)
+    return module.final_norm(x_BTD), pool
+
+  def empty_pool(self, n_pages: int, page: int) -> Pool:
+    """An empty cache of `n_pages` pages of `page` tokens."""
+    c = self.config
+    lib = paged_tpu if self.uses_pallas else paged
+    return lib.empty(
+      c.n_layers, n_pages, page, c.n_kv_heads, c.head_dim, jnp.dtype(c.dtype)
+    )
+
+  def _rotation(self, position_BT: jax.Array) -> Rotation:
+    return Rotation(position_BT, self.config.head_dim, self.config.rope_theta)
+
+
+def _abstract(config: ModelConfig, *, is_fused: bool) -> Transformer:
+  return nnx.eval_shape(
+    lambda: Transformer(config, rngs=nnx.Rngs(0), is_fused=is_fused)
+  )

@@ -14,15 +14,23 @@ class SamplingConfig:
 
   n_slots: int = 64  # rollouts that are decoded at once
   chunk: int = 16  # tokens decoded on the device between two looks at the host
-  extend_chunk: int = 32  # tokens of a tool's answer fed in per call
-  extend_rows: int = 16  # slots fed in per call
-  cache_length: int = 256  # key/value cache of a slot: prompt + max_tokens
+  extend_chunk: int = 32  # tokens of a prompt or tool answer fed in per call
+  extend_rows: int = 8  # prompts and tool answers fed in per call
+  cache_length: int = 256  # longest rollout: prompt + max_tokens
+  # Tokens that the key/value cache holds for all rollouts together, those that
+  # wait for a tool included; 0: n_slots x cache_length.
+  cache_tokens: int = 0
+  page: int = 64  # tokens of a cache page
+  share_prompts: bool = True  # prefill a prompt once for all its rollouts
   temperature: float = 1.0  # of the softmax; log-probs are taken at it too
   top_k: int = 0  # keep the k likeliest tokens; 0: all
   top_p: float = 1.0  # keep the likeliest tokens up to this mass; 1: all
+  min_p: float = 0.0  # keep tokens at least this share as likely as the top; 0
   max_turns: int = 4  # assistant turns of a rollout
   max_tokens: int = 160  # budget of a rollout after its prompt, tools included
   max_calls: int = 8  # tool calls of a rollout
+  call_deadline: float = 300.0  # seconds until a tool call is given up; 0: none
+  rollout_deadline: float = 0.0  # seconds until a rollout is given up; 0: none
 
 
 def rollout_keys(
@@ -45,11 +53,14 @@ def rollout_keys(
   return jax.vmap(one)(task_B, rollout_B)
 
 
-def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-  """Logits with everything outside top-k and the top-p nucleus removed.
+def restrict(
+  logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0
+) -> jax.Array:
+  """Logits with everything outside top-k, top-p and min-p removed, in turn.
 
   The nucleus (arXiv 1904.09751) is the smallest set of most likely tokens
-  whose probability reaches `top_p`; the likeliest token always stays.
+  whose probability reaches `top_p`; min-p (arXiv 2407.01082) keeps tokens at
+  least `min_p` times as likely as the likeliest. That one always stays.
   """
   if top_k:
     kth_B1 = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
@@ -62,6 +73,9 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
       jnp.where(is_in_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True
     )
     logits_BV = jnp.where(logits_BV < floor_B1, _NEG_INF, logits_BV)
+  if min_p > 0.0:
+    floor_B1 = jnp.max(logits_BV, axis=-1, keepdims=True) + jnp.log(min_p)
+    logits_BV = jnp.where(logits_BV < floor_B1, _NEG_INF, logits_BV)
   return logits_BV
 
 
@@ -73,7 +87,8 @@ def sample(
   temperature: float,
   top_k: int = 0,
   top_p: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
+  min_p: float = 0.0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws one token per row by the Gumbel-max trick.
 
   Args:
@@ -83,23 +98,32 @@ def sample(
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keep this many; 0 keeps all.
     top_p: nucleus mass; 1 keeps all.
+    min_p: least share of the likeliest token's probability; 0 keeps all.
 
   Returns:
-    token_B int32, and its log-prob under the distribution it was drawn from
-    (at temperature 0: under the untempered softmax).
+    token_B int32, its log-prob under the distribution it was drawn from (at
+    temperature 0: under the untempered softmax), and its log-prob under the
+    model's own, untempered and unrestricted.
   """
   logits_BV = logits_BV.astype(jnp.float32)
+  used_BV = logits_BV
   if temperature > 0:
-    logits_BV = restrict(logits_BV / temperature, top_k, top_p)
+    used_BV = restrict(logits_BV / temperature, top_k, top_p, min_p)
 
     def gumbel(key_data, index):
       key = jax.random.fold_in(jax.random.wrap_key_data(key_data), index)
       return jax.random.gumbel(key, (logits_BV.shape[-1],))
 
-    noisy_BV = logits_BV + jax.vmap(gumbel)(key_B2, index_B)
+    noisy_BV = used_BV + jax.vmap(gumbel)(key_B2, index_B)
   else:
-    noisy_BV = logits_BV
+    noisy_BV = used_BV
   token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
+  logp_B = _logp(used_BV, token_B)
+  if temperature in (0, 1) and not top_k and top_p >= 1 and min_p <= 0:
+    return token_B, logp_B, logp_B
+  return token_B, logp_B, _logp(logits_BV, token_B)
+
+
+def _logp(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
   logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-  logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
-  return token_B, logp_B
+  return jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]

@@ -13,7 +13,7 @@ between a tag and its neighbour (the quickstart, where each token is time);
   qwen     <|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\n
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from roc import layout
 from roc.host import tokenizer as tokenizer_lib
@@ -25,7 +25,8 @@ class ChatFormat:
   """Token ids of prompts, tool answers and stop tokens for one tokenizer.
 
   Args:
-    tokenizer: must hold the turn tags as special tokens.
+    tokenizer: should hold the turn tags as special tokens. A tag that is none
+      is spelt out, and where it ends a turn `find_stop` has to look for it.
     style: `compact` or `qwen`, see the module's head.
   """
 
@@ -42,12 +43,45 @@ class ChatFormat:
     self._header = self._turn_open("assistant\n")
 
   @property
-  def stop_ids(self) -> tuple[int, int]:
+  def stop_ids(self) -> tuple[int, ...]:
     """Ids that end the model's turn: end of turn, end of text."""
-    return (
-      self.tokenizer.special_id(tokenizer_lib.TURN_END),
-      self.tokenizer.special_id(tokenizer_lib.END_OF_TEXT),
-    )
+    ids = self.tokenizer.special_ids
+    tags = (tokenizer_lib.TURN_END, tokenizer_lib.END_OF_TEXT)
+    return tuple(ids[tag] for tag in tags if tag in ids)
+
+  @property
+  def find_stop(self) -> Callable[[Sequence[int]], int | None] | None:
+    """Finds the end of a turn that no single id marks; None if one does.
+
+    The function takes the ids of a turn so far and returns how many of them
+    the turn has, its spelt end included, or None while it goes on.
+    """
+    if tokenizer_lib.TURN_END in self.tokenizer.special_ids:
+      return None
+
+    def find(ids: Sequence[int]) -> int | None:
+      if not self._has_turn_end(ids):
+        return None
+      # Decoded text only grows with its ids, so halving finds the first.
+      low, high = 1, len(ids)
+      while low < high:
+        middle = (low + high) // 2
+        if self._has_turn_end(ids[:middle]):
+          high = middle
+        else:
+          low = middle + 1
+      return low
+
+    return find
+
+  def is_whole(self, ids: Sequence[int]) -> bool:
+    """Whether a turn was ended by the model, not by its budget."""
+    if ids and ids[-1] in self.stop_ids:
+      return True
+    return self.find_stop is not None and self._has_turn_end(ids)
+
+  def _has_turn_end(self, ids: Sequence[int]) -> bool:
+    return tokenizer_lib.TURN_END in self.tokenizer.decode(ids)
 
   @property
   def pad_id(self) -> int:
@@ -97,7 +131,6 @@ class ChatFormat:
     """
     if not results:
       raise ValueError("tool_suffix needs the result of at least one call")
-    special_id = self.tokenizer.special_id
     newline = "\n" if self.style == "qwen" else ""
     ids = self._gap + self._turn_open("user\n")
     roles = [layout.Role.TEMPLATE] * len(ids)
@@ -106,10 +139,13 @@ class ChatFormat:
         ids += self._gap
         roles += [layout.Role.TEMPLATE] * len(self._gap)
       body = self.tokenizer.encode(newline + text + newline)
-      ids += [special_id(tokenizer_lib.RESPONSE_OPEN), *body]
-      ids.append(special_id(tokenizer_lib.RESPONSE_CLOSE))
-      roles += [layout.Role.TEMPLATE, *[layout.Role.TOOL] * len(body)]
-      roles.append(layout.Role.TEMPLATE)
+      for piece, role in (
+        (self._tag(tokenizer_lib.RESPONSE_OPEN), layout.Role.TEMPLATE),
+        (body, layout.Role.TOOL),
+        (self._tag(tokenizer_lib.RESPONSE_CLOSE), layout.Role.TEMPLATE),
+      ):
+        ids += piece
+        roles += [role] * len(piece)
     tail = self._turn_close() + self._header
     return ids + tail, [int(r) for r in roles] + _template_roles(tail)
 
@@ -142,12 +178,12 @@ class ChatFormat:
 
   def _turn_open(self, text: str) -> list[int]:
     return [
-      self.tokenizer.special_id(tokenizer_lib.TURN_START),
+      *self._tag(tokenizer_lib.TURN_START),
       *self.tokenizer.encode(text),
     ]
 
   def _turn_close(self) -> list[int]:
-    return [self.turn_end_id, *self._gap]
+    return [*self._tag(tokenizer_lib.TURN_END), *self._gap]
 
 
 def _template_roles(ids: Sequence[int]) -> list[int]:

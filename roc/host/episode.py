@@ -202,18 +202,22 @@ class Episode:
     if self.outcome != layout.Outcome.VOID:
       self.judge(score(self.answers, self.gold, is_truncated=self.is_truncated))
 
-  def stop(self, stop_reason: layout.StopReason) -> None:
+  def stop(
+    self, stop_reason: layout.StopReason, *, verdict: str = "void"
+  ) -> None:
     """Ends the episode; it has a verdict only where it needs no judging.
 
-    An environment's fault (INFRA, CANCELLED) makes it VOID, outside its group.
+    An environment's fault (`layout.VOID_REASONS`) makes it VOID, outside its
+    group.
 
     Args:
       stop_reason: why it ended.
+      verdict: of an environment's fault, in a word.
     """
     self.stop_reason = stop_reason
-    if stop_reason in (layout.StopReason.INFRA, layout.StopReason.CANCELLED):
+    if stop_reason in layout.VOID_REASONS:
       self.outcome = layout.Outcome.VOID
-      self.verdict = "void"
+      self.verdict = verdict
 
   def judge(self, verdict: rewards.Verdict) -> None:
     """Takes the verdict on an episode that has ended.

@@ -142,6 +142,7 @@ class Toolbox:
       renderers.RENDERERS[renderer] if isinstance(renderer, str) else renderer
     )
     self._max_chars = max_chars
+    self._running: dict[futures.Future, futures.Future] = {}
 
   @property
   def tool_name(self) -> str:
@@ -192,6 +193,7 @@ class Toolbox:
     )
 
     def finish(future: futures.Future) -> None:
+      self._running.pop(done, None)
       if future.cancelled():
         done.set_exception(futures.CancelledError())
       elif future.exception() is not None:
@@ -203,8 +205,15 @@ class Toolbox:
         except Exception as error:  # a renderer's bug must reach the waiter
           done.set_exception(error)
 
+    self._running[done] = running
     running.add_done_callback(finish)
     return done
+
+  def cancel(self, call: futures.Future[ToolOutcome]) -> None:
+    """Gives up a call whose outcome nobody will read; its future fails."""
+    running = self._running.get(call)
+    if running is not None:
+      running.cancel()
 
   def stats(self) -> dict[str, Any]:
     """The sandbox's counters, see `sandbox.Sandbox.stats`."""

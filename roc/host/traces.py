@@ -1,5 +1,6 @@
 """Trace files: every rollout of a step, and what the filter made of it."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -74,4 +75,6 @@ def write(
     for group in groups:
       for e in group:
         out.write(e.to_json(tokenizer) + "\n")
+    out.flush()
+    os.fsync(out.fileno())  # or a power cut may leave the name without the text
   partial.replace(path)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc.device import model
+from roc.device import attention, model, paged
 
 B, T = 2, 12
 
@@ -79,7 +79,8 @@ def np_hidden(c, params, tokens_T):
 def test_rope_rotates_planes():
   x_BTHE = np.random.default_rng(1).normal(size=(B, T, 3, 8)).astype(np.float32)
   position_BT = np.stack([np.arange(T), np.arange(T) * 7 + 3])
-  got = jax.jit(model.rope, static_argnums=2)(x_BTHE, position_BT, 1e4)
+  turn = lambda x, position: model.Rotation(position, 8, 1e4)(x)
+  got = jax.jit(turn)(x_BTHE, position_BT)
   want = np.stack(
     [np_rope(x, pos, 1e4) for x, pos in zip(x_BTHE, position_BT, strict=True)]
   )
@@ -98,7 +99,7 @@ def test_grouped_attention_equals_loops():
   may_BTT = rng.random((B, T, T)) < 0.5
   may_BTT |= np.eye(T, dtype=bool)
   heads_first = lambda x: x.transpose(0, 2, 1, 3)
-  got = jax.jit(model.attention)(
+  got = jax.jit(attention.grouped)(
     q_BTHE, heads_first(k_BTKE), heads_first(v_BTKE), may_BTT
   )
   for b in range(B):
@@ -168,33 +169,71 @@ def test_padding_after_the_end_is_inert(params, hidden, tokens_BT):
 # --------------------------------------------------------------------- cache
 
 
-def test_append_in_pieces_equals_whole(policy, params, hidden, tokens_BT):
-  append = jax.jit(policy.append)
-  cache = policy.empty_cache(B, 32)
-  length_S = np.zeros(B, np.int32)
+# Pages of four tokens, handed out in no order.
+TABLE_BJ = np.array([[7, 2, 5], [1, 6, 0]], np.int32)
+
+
+def append(policy, params, pool, tokens_BT, start_B, n_B):
+  """Feeds tokens to two rows with pages of four."""
+
+  @jax.jit
+  def fed(params, pool, tokens_BT, start_B, n_B):
+    place = paged.place(
+      TABLE_BJ, start_B, n_B, length=tokens_BT.shape[1], page=4
+    )
+    return policy.append(params, pool, tokens_BT, place)
+
+  return fed(params, pool, tokens_BT, np.array(start_B), np.array(n_B))
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 4, 7])
+def test_append_in_pieces_equals_whole(
+  policy, params, hidden, tokens_BT, step, is_fused
+):
+  weights = policy.fuse(params) if is_fused else params
+  pool = policy.empty_pool(8, 4)
   pieces = []
-  for start in range(0, T, 4):
-    part_ST = tokens_BT[:, start : start + 4]
-    hidden_STD, cache = append(params, cache, part_ST, length_S)
-    pieces.append(hidden_STD)
-    length_S = length_S + 4
+  for start in range(0, T, step):
+    part_BT = tokens_BT[:, start : start + step]
+    n = part_BT.shape[1]
+    hidden_BTD, pool = append(
+      policy, weights, pool, part_BT, [start] * 2, [n] * 2
+    )
+    pieces.append(hidden_BTD)
   whole = hidden(params, tokens_BT)
   np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
 
 
-def test_append_overwrites_what_was_padding(policy, params, hidden, tokens_BT):
-  """Slots at different lengths; padding written behind a slot is never read."""
-  append = jax.jit(policy.append)
-  cache = policy.empty_cache(B, 32)
-  first_ST = tokens_BT[:, :4].copy()
-  first_ST[1, 2:] = 39  # slot 1 has two tokens only, the rest is padding
-  _, cache = append(params, cache, first_ST, np.zeros(B, np.int32))
-  length_S = np.array([4, 2], np.int32)
-  second_ST = np.stack([tokens_BT[0, 4:8], tokens_BT[1, 2:6]])
-  got, _ = append(params, cache, second_ST, length_S)
+def test_append_to_rows_of_unequal_length(policy, params, hidden, tokens_BT):
+  """Padding is neither written nor read."""
+  pool = policy.empty_pool(8, 4)
+  first_BT = tokens_BT[:, :4].copy()
+  first_BT[1, 2:] = 39  # row 1 has two tokens only, the rest is padding
+  _, pool = append(policy, params, pool, first_BT, [0, 0], [4, 2])
+  for untouched in (2, 5, 6, 0, 3, 4):
+    assert not np.any(pool.v_LPKZE[:, untouched])
+  assert not np.any(pool.v_LPKZE[:, 1, :, 2:])
+  second_BT = np.stack([tokens_BT[0, 4:8], tokens_BT[1, 2:6]])
+  got, _ = append(policy, params, pool, second_BT, [4, 2], [4, 4])
   whole = hidden(params, tokens_BT)
   np.testing.assert_allclose(got[0], whole[0, 4:8], atol=1e-5)
   np.testing.assert_allclose(got[1], whole[1, 2:6], atol=1e-5)
+
+
+def test_fused_weights_are_the_same_numbers(make_policy, policy, params):
+  fused = policy.fuse(params)
+  c = policy.config
+  q = fused["layers"]["qkv_proj"]["kernel"][..., : c.n_heads * c.head_dim]
+  np.testing.assert_array_equal(q, params["layers"]["q_proj"]["kernel"])
+  up = fused["layers"]["gate_up_proj"]["kernel"][..., c.d_ff :]
+  np.testing.assert_array_equal(up, params["layers"]["up_proj"]["kernel"])
+  np.testing.assert_array_equal(
+    policy.unembedding(fused), policy.unembedding(params)
+  )
+  low = make_policy(dtype="bfloat16").fuse(params)
+  assert low["layers"]["o_proj"]["kernel"].dtype == jnp.bfloat16
+  assert low["layers"]["q_norm"]["scale"].dtype == jnp.float32
 
 
 # ---------------------------------------------------------------- structure
@@ -270,7 +309,7 @@ def test_bfloat16_is_close(make_policy, params, hidden, tokens_BT):
   assert got.dtype == jnp.float32
   # bfloat16 has 8 bits of mantissa: 2^-8 relative in each of some 20 roundings.
   assert 1e-6 < np.abs(got - want).max() < 0.1
-  assert low.empty_cache(1, 4).k_LSKTE.dtype == jnp.bfloat16
+  assert low.empty_pool(1, 4).k_LPKEZ.dtype == jnp.bfloat16
 
 
 def n_equations(jaxpr):
@@ -288,9 +327,12 @@ def test_program_does_not_grow_with_depth(make_policy, tokens_BT):
   def size(n_layers):
     policy = make_policy(n_layers=n_layers)
     whole = jax.make_jaxpr(policy.hidden)(policy.abstract_params, tokens_BT)
-    cache = jax.eval_shape(lambda: policy.empty_cache(B, 32))
+    pool = jax.eval_shape(lambda: policy.empty_pool(8, 4))
+    place = paged.place(
+      TABLE_BJ, np.zeros(B, int), np.full(B, T), length=T, page=4
+    )
     piece = jax.make_jaxpr(policy.append)(
-      policy.abstract_params, cache, tokens_BT, np.zeros(B, np.int32)
+      policy.abstract_params, pool, tokens_BT, place
     )
     return n_equations(whole.jaxpr), n_equations(piece.jaxpr)
 

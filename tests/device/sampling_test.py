@@ -25,10 +25,14 @@ def keys_B2():
 def draw(keys_B2, index=0, **how):
   run = jax.jit(functools.partial(sampling.sample, **how))
   n = len(keys_B2)
-  token_B, logp_B = run(
+  token_B, logp_B, raw_logp_B = run(
     jnp.broadcast_to(LOGITS_V[None], (n, V)), keys_B2, jnp.full(n, index)
   )
   assert token_B.dtype == jnp.int32 and logp_B.dtype == jnp.float32
+  # Of the model's own distribution, however it was drawn from.
+  np.testing.assert_allclose(
+    raw_logp_B, np.log(softmax(LOGITS_V))[token_B], atol=1e-5
+  )
   return np.asarray(token_B), np.asarray(logp_B)
 
 
@@ -83,6 +87,12 @@ def test_greedy_takes_the_likeliest(keys_B2):
     ({"top_k": 2, "top_p": 0.99}, {0, 6}),
     ({"top_p": 1e-9}, {0}),
     ({"top_k": V, "top_p": 1.0}, set(range(V))),
+    # As shares of the likeliest: 1, .61, .37, .22, ...
+    ({"min_p": 0.6}, {0, 6}),
+    ({"min_p": 0.37}, {0, 6}),
+    ({"min_p": 0.36}, {0, 6, 1}),
+    ({"min_p": 1.0}, {0}),
+    ({"top_k": 2, "min_p": 0.3}, {0, 6}),
   ],
 )
 def test_restriction(keys_B2, how, kept):

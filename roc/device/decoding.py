@@ -1,0 +1,159 @@
+"""The programs that the engine runs: feed tokens, draw tokens, copy pages.
+
+All shapes come from the config: three programs are compiled, whatever prompts,
+tools and lengths are. Each works in one shape only, because XLA's CPU backend
+rounds differently for another number of rows, and what is drawn would depend on
+how many happened to be fed together.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from roc.device import model as model_lib
+from roc.device import paged, sampling
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Rollouts that a chunk is drawn for, one a slot; as the host knows them."""
+
+  table_SJ: jax.Array  # int32: cache pages
+  length_S: jax.Array  # int32: tokens in the cache
+  pending_S: jax.Array  # int32: next input token, not in the cache yet
+  budget_S: jax.Array  # int32: tokens it may still draw; 0: an idle slot
+  key_S2: jax.Array  # uint32: its random stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+  """What a chunk drew."""
+
+  token_SC: jax.Array  # int32
+  logp_SC: jax.Array  # of the sampling distribution
+  raw_logp_SC: jax.Array  # of the model's own distribution
+  n_S: jax.Array  # int32: how many of them
+  is_stopped_S: jax.Array  # bool: by a stop id, the budget or broken logits
+  is_broken_S: jax.Array  # bool: its logits were not finite
+  n_steps: jax.Array  # int32 []
+
+
+for _cls in (Rows, Chunk):
+  jax.tree_util.register_dataclass(
+    _cls,
+    data_fields=[f.name for f in dataclasses.fields(_cls)],
+    meta_fields=[],
+  )
+
+
+class Programs:
+  """The jitted programs of one policy and sampling config."""
+
+  def __init__(
+    self,
+    policy: model_lib.Policy,
+    config: sampling.SamplingConfig,
+    stop_ids: Sequence[int],
+  ):
+    self._policy = policy
+    self._config = config
+    self._stop_ids = tuple(stop_ids)
+    self.feed = jax.jit(self._feed_fn, donate_argnums=1)
+    self.draw = jax.jit(self._draw_fn, donate_argnums=1)
+    self.copy = jax.jit(paged.copy_pages, donate_argnums=0)
+    self.clear = jax.jit(paged.clear_pages, donate_argnums=0)
+
+  @property
+  def n_compiled(self) -> int:
+    """Programs compiled so far."""
+    jitted = (self.feed, self.draw, self.copy, self.clear)
+    return sum(f._cache_size() for f in jitted)
+
+  def _feed_fn(self, params, pool, table_RJ, start_R, n_R, tokens_RT):
+    """Caches tokens; also returns a number that is there when they are."""
+    place = paged.place(
+      table_RJ,
+      start_R,
+      n_R,
+      length=tokens_RT.shape[1],
+      page=self._config.page,
+    )
+    _, pool = self._policy.append(params, pool, tokens_RT, place)
+    return pool, jnp.sum(n_R)
+
+  def _draw_fn(self, params, pool, rows: Rows, most_idle):
+    """Draws up to `chunk` tokens a row, all in one loop on the device.
+
+    It ends early once no row is left, or `most_idle` rows have stopped.
+    """
+    c = self._config
+    S, C = c.n_slots, c.chunk
+    unembed_DV = self._policy.unembedding(params)
+    stop_ids = jnp.array(self._stop_ids, jnp.int32)
+    draw = functools.partial(
+      sampling.sample,
+      temperature=c.temperature,
+      top_k=c.top_k,
+      top_p=c.top_p,
+      min_p=c.min_p,
+    )
+    n_start = jnp.sum(rows.budget_S > 0)
+
+    def goes_on(carry):
+      _, chunk, _, is_live_S = carry
+      n_live = jnp.sum(is_live_S)
+      is_worth_it = n_start - n_live < most_idle
+      return (chunk.n_steps < C) & (n_live > 0) & is_worth_it
+
+    def one_token(carry):
+      pool, chunk, pending_S, is_live_S = carry
+      length_S = rows.length_S + chunk.n_S
+      place = paged.place(
+        rows.table_SJ,
+        length_S,
+        is_live_S.astype(jnp.int32),
+        length=1,
+        page=c.page,
+      )
+      hidden_S1D, pool = self._policy.append(
+        params, pool, pending_S[:, None], place
+      )
+      logits_SV = (hidden_S1D[:, 0] @ unembed_DV).astype(jnp.float32)
+      # Position in the rollout: what is cached, plus the pending token.
+      token_S, *logps = draw(logits_SV, rows.key_S2, length_S + 1)
+      # One that is not finite makes the normaliser, so every log-prob, so too.
+      is_broken_S = is_live_S & ~jnp.isfinite(logps[1])
+      is_drawn_S = is_live_S & ~is_broken_S
+      is_stop_S = jnp.any(token_S[:, None] == stop_ids[None], axis=-1)
+      n_S = chunk.n_S + is_drawn_S
+      is_over_S = is_stop_S | (n_S >= rows.budget_S) | is_broken_S
+      t = chunk.n_steps
+      put = lambda x_SC, x_S: x_SC.at[:, t].set(jnp.where(is_drawn_S, x_S, 0))
+      chunk = Chunk(
+        put(chunk.token_SC, token_S),
+        put(chunk.logp_SC, logps[0]),
+        put(chunk.raw_logp_SC, logps[1]),
+        n_S,
+        chunk.is_stopped_S | (is_live_S & is_over_S),
+        chunk.is_broken_S | is_broken_S,
+        t + 1,
+      )
+      pending_S = jnp.where(is_drawn_S, token_S, pending_S)
+      return pool, chunk, pending_S, is_live_S & ~is_over_S
+
+    no_S = jnp.zeros(S, bool)
+    zeros_SC = jnp.zeros((S, C), jnp.float32)
+    empty = Chunk(
+      jnp.zeros((S, C), jnp.int32),
+      zeros_SC,
+      zeros_SC,
+      jnp.zeros(S, jnp.int32),
+      no_S,
+      no_S,
+      jnp.int32(0),
+    )
+    carry = (pool, empty, rows.pending_S, rows.budget_S > 0)
+    pool, chunk, _, _ = jax.lax.while_loop(goes_on, one_token, carry)
+    return pool, chunk

@@ -1,0 +1,206 @@
+"""A key/value cache in pages, and attention over the pages that are filled.
+
+The pool holds P pages of Z tokens for every layer. A row (a rollout, or a
+prompt that several rollouts share) owns an ordered table of page numbers; what
+it holds at position t stands in page t // Z of its table, at t % Z. Memory
+follows the tokens that exist, pages can be shared, and a row can be set aside
+and taken up again by keeping its table.
+
+Attention walks over the table's columns with a running softmax (as
+FlashAttention, arXiv 2205.14135) and stops after the last filled page of the
+longest row. A page that a row may not see contributes an exact zero, so what
+comes out for a row does not depend on how long the others are.
+"""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+_NEG_INF = -1e30
+
+# This module's or another's: arrays whose axes begin with layers and pages.
+AnyPool = TypeVar("AnyPool")
+
+NO_PAGE = -1  # in a table: nothing there; writes to it are dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Keys and values of all layers."""
+
+  # Tokens last: a product with few queries reads keys along them.
+  k_LPKEZ: jax.Array
+  v_LPKZE: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where the tokens of one call go and what they may see."""
+
+  position_BT: jax.Array  # int32
+  page_BT: jax.Array  # int32: page written to; NO_PAGE for padding
+  table_BJ: jax.Array  # int32
+  n_columns: jax.Array  # int32 []: table columns that anyone may see
+
+
+for _cls in (Pool, Place):
+  jax.tree_util.register_dataclass(
+    _cls,
+    data_fields=[f.name for f in dataclasses.fields(_cls)],
+    meta_fields=[],
+  )
+
+
+def empty(
+  n_layers: int,
+  n_pages: int,
+  page: int,
+  n_kv_heads: int,
+  head_dim: int,
+  dtype: jnp.dtype,
+) -> Pool:
+  """A pool of zeros."""
+  lead = (n_layers, n_pages, n_kv_heads)
+  return Pool(
+    jnp.zeros((*lead, head_dim, page), dtype),
+    jnp.zeros((*lead, page, head_dim), dtype),
+  )
+
+
+def place(
+  table_BJ: jax.Array,
+  start_B: jax.Array,
+  n_B: jax.Array,
+  *,
+  length: int,
+  page: int,
+) -> Place:
+  """Places `n_B` new tokens of each row behind the `start_B` it holds.
+
+  Args:
+    table_BJ: pages of each row.
+    start_B: tokens that the row already holds.
+    n_B: real tokens of this call; those from there on are padding.
+    length: T, tokens a row in this call.
+    page: Z.
+  """
+  step_T = jnp.arange(length)
+  position_BT = start_B[:, None] + step_T[None]
+  column_BT = jnp.minimum(position_BT // page, table_BJ.shape[1] - 1)
+  page_BT = jnp.take_along_axis(table_BJ, column_BT, axis=1)
+  page_BT = jnp.where(step_T[None] < n_B[:, None], page_BT, NO_PAGE)
+  last_B = jnp.where(n_B > 0, start_B + n_B - 1, -1)
+  n_columns = jnp.max(last_B) // page + 1
+  return Place(position_BT, page_BT, table_BJ, n_columns)
+
+
+def attend(
+  pool: Pool,
+  place: Place,
+  layer: jax.Array,
+  q_BTHE: jax.Array,
+  k_BTKE: jax.Array,
+  v_BTKE: jax.Array,
+) -> tuple[jax.Array, Pool]:
+  """Writes new keys and values to their pages, then attends causally.
+
+  Args:
+    pool: of all layers.
+    place: of the new tokens.
+    layer: int32 [], whose pages.
+    q_BTHE: queries.
+    k_BTKE: keys of the same tokens.
+    v_BTKE: values of the same tokens.
+
+  Returns:
+    [B, T, H, E] in the dtype of `q` (anything for padding), and the pool.
+  """
+  pool = _write(pool, place, layer, k_BTKE, v_BTKE)
+  return _read(pool, place, layer, q_BTHE), pool
+
+
+def _write(pool: Pool, place: Place, layer, k_BTKE, v_BTKE) -> Pool:
+  _, P, _, Z, _ = pool.v_LPKZE.shape
+  # A negative index would count from the end; one past the end is dropped.
+  page_BT = jnp.where(place.page_BT == NO_PAGE, P, place.page_BT)
+  at_BT = place.position_BT % Z
+  return Pool(
+    pool.k_LPKEZ.at[layer, page_BT, :, :, at_BT].set(k_BTKE, mode="drop"),
+    pool.v_LPKZE.at[layer, page_BT, :, at_BT].set(v_BTKE, mode="drop"),
+  )
+
+
+def _read(pool: Pool, place: Place, layer, q_BTHE) -> jax.Array:
+  B, T, H, E = q_BTHE.shape
+  _, _, K, Z, _ = pool.v_LPKZE.shape
+  # Queries that share keys side by side: M = H / K * T of them.
+  q_BKME = q_BTHE.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
+  q_BKME = q_BKME.reshape(B, K, -1, E) * jnp.asarray(E**-0.5, q_BTHE.dtype)
+  position_B1M = jnp.tile(place.position_BT, (1, H // K))[:, None]
+  table_BJ = own_pages(place.table_BJ)
+  f32 = jnp.float32
+
+  def page(j, carry):
+    top_BKM, mass_BKM, out_BKME = carry
+    page_B = jax.lax.dynamic_index_in_dim(table_BJ, j, 1, keepdims=False)
+    get = lambda x: x.at[layer, page_B].get(mode="clip")
+    k_BKEZ, v_BKZE = get(pool.k_LPKEZ), get(pool.v_LPKZE)
+    logits_BKMZ = jnp.einsum(
+      "bkme,bkez->bkmz", q_BKME, k_BKEZ, preferred_element_type=f32
+    )
+    entry_Z = j * Z + jnp.arange(Z)
+    may_B1MZ = entry_Z[None, None, None] <= position_B1M[..., None]
+    logits_BKMZ = jnp.where(may_B1MZ, logits_BKMZ, _NEG_INF)
+    new_BKM = jnp.maximum(top_BKM, jnp.max(logits_BKMZ, axis=-1))
+    p_BKMZ = jnp.exp(logits_BKMZ - new_BKM[..., None])
+    fade_BKM = jnp.exp(top_BKM - new_BKM)
+    mass_BKM = mass_BKM * fade_BKM + jnp.sum(p_BKMZ, axis=-1)
+    part_BKME = jnp.einsum(
+      "bkmz,bkze->bkme",
+      p_BKMZ.astype(v_BKZE.dtype),
+      v_BKZE,
+      preferred_element_type=f32,
+    )
+    return new_BKM, mass_BKM, out_BKME * fade_BKM[..., None] + part_BKME
+
+  zero_BKM = jnp.zeros(q_BKME.shape[:3], f32)
+  start = (zero_BKM + _NEG_INF, zero_BKM, jnp.zeros(q_BKME.shape, f32))
+  _, mass_BKM, out_BKME = jax.lax.fori_loop(0, place.n_columns, page, start)
+  # A call without any real token reads no page.
+  out_BKME /= jnp.maximum(mass_BKM, 1e-30)[..., None]
+  out = out_BKME.reshape(B, K, H // K, T, E).transpose(0, 3, 1, 2, 4)
+  return out.reshape(B, T, H, E).astype(q_BTHE.dtype)
+
+
+def own_pages(table_BJ: jax.Array) -> jax.Array:
+  """Tables with a row's first page where it has none.
+
+  What is read there is masked, and yet 0 times another row's broken numbers
+  would not be 0.
+  """
+  return jnp.where(table_BJ == NO_PAGE, table_BJ[:, :1], table_BJ)
+
+
+def copy_pages(
+  pool: AnyPool, source_R: jax.Array, target_R: jax.Array
+) -> AnyPool:
+  """Copies whole pages, in all layers; a target of NO_PAGE copies nothing."""
+  P = _n_pages(pool)
+  target_R = jnp.where(target_R == NO_PAGE, P, target_R)
+  copy = lambda x: x.at[:, target_R].set(
+    jnp.take(x, source_R, axis=1, mode="clip"), mode="drop"
+  )
+  return jax.tree.map(copy, pool)
+
+
+def clear_pages(pool: AnyPool, page_R: jax.Array) -> AnyPool:
+  """Zeros pages: a masked entry adds 0 times its value, so none may be NaN."""
+  P = _n_pages(pool)
+  page_R = jnp.where(page_R == NO_PAGE, P, page_R)
+  return jax.tree.map(lambda x: x.at[:, page_R].set(0, mode="drop"), pool)
+
+
+def _n_pages(pool) -> int:
+  return jax.tree.leaves(pool)[0].shape[1]

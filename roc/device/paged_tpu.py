@@ -1,0 +1,120 @@
+"""The paged cache as TPUs like it, read by a Pallas kernel.
+
+The same cache as `paged` (pages, tables, `Place`), in the layout of JAX's
+ragged paged attention (jax.experimental.pallas.ops.tpu; Ragged Paged Attention,
+arXiv 2604.15464). The kernel reads from memory only the pages that a row has
+filled, and a whole page with all its heads in one piece; `paged` reads as many
+pages for every row as the longest one has.
+
+The pages of all layers are one array, which the kernel sees as L * P pages: a
+slice of a layer would be a copy. `paged.place`, `copy_pages` and `clear_pages`
+serve both pools.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as rpa
+
+from roc.device import paged
+
+# Keys a row that the kernel holds at a time, and queries: as the kernel's own
+# table of tuned sizes has them for most shapes.
+_KEY_BLOCK = 512
+_QUERY_BLOCK = 32
+_LANES = 128  # width of a TPU's vector registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Keys and values of all layers: on axis K key, value, key, value, ..."""
+
+  kv_LPZKE: jax.Array
+
+
+jax.tree_util.register_dataclass(Pool, data_fields=["kv_LPZKE"], meta_fields=[])
+
+
+def objection(n_kv_heads: int, head_dim: int, dtype: str) -> str:
+  """Why the kernels cannot take such heads; empty where they can."""
+  if head_dim % _LANES:
+    return f"needs a head_dim that is a multiple of {_LANES}, not {head_dim}"
+  # Heads of one token fill whole registers of 8 rows of 32 bits.
+  n_rows = 2 * n_kv_heads * jnp.dtype(dtype).itemsize // 4
+  if n_rows not in (1, 2, 4) and n_rows % 8:
+    return f"cannot lay out {n_kv_heads} key/value heads of {dtype}"
+  return ""
+
+
+def empty(
+  n_layers: int,
+  n_pages: int,
+  page: int,
+  n_kv_heads: int,
+  head_dim: int,
+  dtype: jnp.dtype,
+) -> Pool:
+  """A pool of zeros."""
+  shape = (n_layers, n_pages, page, 2 * n_kv_heads, head_dim)
+  return Pool(jnp.zeros(shape, dtype))
+
+
+def attend(
+  pool: Pool,
+  place: paged.Place,
+  layer: jax.Array,
+  q_BTHE: jax.Array,
+  k_BTKE: jax.Array,
+  v_BTKE: jax.Array,
+) -> tuple[jax.Array, Pool]:
+  """Writes new keys and values to their pages, then attends causally.
+
+  Args:
+    pool: of all layers.
+    place: of the new tokens.
+    layer: int32 [], whose pages.
+    q_BTHE: queries.
+    k_BTKE: keys of the same tokens.
+    v_BTKE: values of the same tokens.
+
+  Returns:
+    [B, T, H, E] in the dtype of `q` (anything for padding), and the pool.
+  """
+  pool = _write(pool, place, layer, k_BTKE, v_BTKE)
+  return _read(pool, place, layer, q_BTHE), pool
+
+
+def _write(pool: Pool, place: paged.Place, layer, k_BTKE, v_BTKE) -> Pool:
+  _, P, Z, _, E = pool.kv_LPZKE.shape
+  # A negative index would count from the end; one past the end is dropped.
+  page_BT = jnp.where(place.page_BT == paged.NO_PAGE, P, place.page_BT)
+  at_BT = place.position_BT % Z
+  kv_BTKE = jnp.stack([k_BTKE, v_BTKE], axis=3)
+  kv_BTKE = kv_BTKE.reshape(*page_BT.shape, -1, E)
+  return Pool(pool.kv_LPZKE.at[layer, page_BT, at_BT].set(kv_BTKE, mode="drop"))
+
+
+def _read(pool: Pool, place: paged.Place, layer, q_BTHE) -> jax.Array:
+  B, T, H, E = q_BTHE.shape
+  L, P, Z, K, _ = pool.kv_LPZKE.shape
+  J = place.table_BJ.shape[1]
+  # A row without pages is read all the same, and -1 is outside the pool.
+  page_BJ = jnp.maximum(paged.own_pages(place.table_BJ), 0) + layer * P
+  # The T queries of a row are its last T tokens, padding included: padding
+  # stands behind what is real and reads on into whatever is there. A row
+  # without a real token reads as little as it may.
+  is_real_B = jnp.any(place.page_BT != paged.NO_PAGE, axis=1)
+  n_keys_B = jnp.where(is_real_B, place.position_BT[:, -1] + 1, T)
+  out_BTHE = rpa.ragged_paged_attention(
+    q_BTHE.reshape(B * T, H, E),
+    pool.kv_LPZKE.reshape(L * P, Z, K, E),
+    n_keys_B.astype(jnp.int32),
+    page_BJ.astype(jnp.int32),
+    jnp.arange(B + 1, dtype=jnp.int32) * T,
+    jnp.array([B], jnp.int32),
+    sm_scale=E**-0.5,
+    num_kv_pages_per_block=min(J, max(1, _KEY_BLOCK // Z)),
+    num_queries_per_block=min(B * T, _QUERY_BLOCK),
+  )
+  return out_BTHE.reshape(B, T, H, E)

@@ -1,0 +1,233 @@
+"""Saved rollouts in the place of sampling: the input of `train --replay`.
+
+A directory of *.jsonl files, each line an `Episode` as `rollout` and `train`
+write them. All of it is read and checked once, before any work starts; what
+stays in memory is where each rollout lies. Groups are the rollouts of one
+(step, task_index), in the order in which they first appear, files by name.
+"""
+
+import dataclasses
+import hashlib
+import math
+import pathlib
+
+from roc import errors, layout
+from roc.host import episode as episode_lib
+
+_ROLES = frozenset(role.value for role in layout.Role if role != 0)
+_MEND = "mend or delete that line"
+
+Key = tuple[int, int]  # (step, task_index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What a rollout and a group must be like to be trained on."""
+
+  n_drawn: int  # rollouts of a group
+  vocab_size: int  # of the model
+  max_length: int  # tokens of an episode
+  max_calls: int  # tool calls of an episode
+  not_of_step: int  # rollouts of this step are passed over: evaluation's
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+  """Where a line lies."""
+
+  path: pathlib.Path
+  number: int  # from 1
+  offset: int
+  size: int
+
+  def __str__(self) -> str:
+    return f"{self.path} line {self.number}"
+
+
+class Replay:
+  """Groups of saved rollouts, in a fixed order without end."""
+
+  def __init__(self, directory: pathlib.Path, needs: Needs):
+    """Reads and checks the whole directory.
+
+    Args:
+      directory: holds *.jsonl files.
+      needs: what is checked.
+
+    Raises:
+      errors.UserError: names the file, the line or group, and the remedy.
+    """
+    self.directory = directory
+    self.needs = needs
+    self._n_passed_over = 0
+    self._places: dict[Key, dict[int, _Place]] = {}
+    self._paths = self._find()
+    digest = hashlib.sha256()
+    for path in self._paths:
+      digest.update(f"{path.name}\n".encode())
+      self._read(path, digest)
+    self._digest = digest.hexdigest()[:16]
+    self._check_groups()
+    self._keys = list(self._places)
+
+  def __len__(self) -> int:
+    return len(self._keys)
+
+  @property
+  def identity(self) -> dict[str, str]:
+    """What must not change between a run and its continuation."""
+    return {"contents of train.replay": self._digest}
+
+  def about(self, n_steps: int, n_prompts: int) -> str:
+    """A line for people: what there is, and how often it will be used."""
+    n_files = f"{len(self._paths)} file{'s' * (len(self._paths) > 1)}"
+    text = (
+      f"replay: {len(self)} groups of {self.needs.n_drawn} rollouts from"
+      f" {n_files} in {self.directory}"
+    )
+    if self._n_passed_over:
+      text += f", {self._n_passed_over} rollouts of evaluations passed over"
+    if n_steps * n_prompts > len(self):
+      step = len(self) // n_prompts + 1
+      text += f"; they start over from the first in step {step}"
+    return text
+
+  def groups(self, start: int, count: int) -> list[list[episode_lib.Episode]]:
+    """Groups start .. start + count - 1 of the endless order, read anew.
+
+    Returns:
+      `count` lists of `needs.n_drawn` episodes: the first by rollout id,
+      numbered 0..n_drawn - 1, without what an earlier filter made of them.
+
+    Raises:
+      errors.UserError: a file is not as it was when it was checked.
+    """
+    return [
+      self._group(self._keys[i % len(self)], group_index=i - start)
+      for i in range(start, start + count)
+    ]
+
+  def _group(self, key: Key, group_index: int) -> list[episode_lib.Episode]:
+    group = []
+    for _, place in sorted(self._places[key].items())[: self.needs.n_drawn]:
+      try:
+        with place.path.open("rb") as f:
+          f.seek(place.offset)
+          line = f.read(place.size).decode()
+        e = episode_lib.Episode.from_json(line, str(place))
+      except (OSError, ValueError) as error:
+        raise errors.UserError(
+          f"{place} has changed since it was checked ({error}); start again"
+        ) from error
+      e.group_index, e.rollout_id = group_index, len(group)
+      e.kept = e.advantage = e.p_err = e.p_format = e.p_total = None
+      e.why = ""
+      group.append(e)
+    return group
+
+  # -------------------------------------------------------------- checking
+
+  def _find(self) -> list[pathlib.Path]:
+    if not self.directory.is_dir():
+      raise errors.UserError(
+        f"config.train.replay: {self.directory} is no directory; give one with"
+        " *.jsonl files of rollouts, such as a run's rollouts/"
+      )
+    paths = sorted(self.directory.glob("*.jsonl"))
+    if not paths:
+      raise errors.UserError(
+        f"config.train.replay: {self.directory} holds no *.jsonl file; give a"
+        " directory that `rollout` or `train` wrote, such as a run's rollouts/"
+      )
+    return paths
+
+  def _read(self, path: pathlib.Path, digest) -> None:
+    offset = 0
+    try:
+      with path.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+          digest.update(line)
+          if line.strip():
+            self._add(_Place(path, number, offset, len(line)), line)
+          offset += len(line)
+    except OSError as e:
+      raise errors.UserError(
+        f"cannot read {path}: {e.strerror}; mend its permissions or move it out"
+        " of the directory"
+      ) from e
+
+  def _add(self, place: _Place, line: bytes) -> None:
+    try:
+      e = episode_lib.Episode.from_json(line.decode(), str(place))
+    except ValueError as error:
+      text = str(error).removeprefix(f"{place}: ")
+      raise errors.UserError(
+        f"{place} is no rollout ({text}); {_MEND}"
+      ) from error
+    if e.step == self.needs.not_of_step:
+      self._n_passed_over += 1
+      return
+    fault = _fault(e, self.needs)
+    if fault:
+      raise errors.UserError(f"{place}: {fault}")
+    group = self._places.setdefault((e.step, e.task_index), {})
+    if e.rollout_id in group:
+      raise errors.UserError(
+        f"{place}: step {e.step}, problem {e.task_index}, rollout"
+        f" {e.rollout_id} is also {group[e.rollout_id]}; delete one of the"
+        " two, and keep the rollouts of different runs in different directories"
+      )
+    group[e.rollout_id] = place
+
+  def _check_groups(self) -> None:
+    if not self._places:
+      raise errors.UserError(
+        f"config.train.replay: the files in {self.directory} hold no rollout to"
+        f" train on ({self._n_passed_over} of evaluations); give a directory"
+        " that `rollout` or `train` wrote"
+      )
+    n = self.needs.n_drawn
+    for (step, task_index), group in self._places.items():
+      if len(group) < n:
+        path = next(iter(group.values())).path
+        raise errors.UserError(
+          f"{path}: the group of step {step}, problem {task_index} has"
+          f" {len(group)} of the {n} rollouts that config.filter.n_drawn asks"
+          " for; lower n_drawn (and n_kept), or draw more with `rollout`"
+        )
+
+
+def _fault(e: episode_lib.Episode, needs: Needs) -> str:
+  """Why an episode cannot be trained on, and the remedy; empty if it can."""
+  if e.stop_reason is None:
+    return (
+      "the rollout has not ended (stop_reason is null); delete its group, or"
+      " draw it again"
+    )
+  if not e.token_ids:
+    return f"the rollout holds no token; {_MEND}"
+  for index in (min(e.token_ids), max(e.token_ids)):
+    if not 0 <= index < needs.vocab_size:
+      return (
+        f"token id {index} is outside the model's vocabulary of"
+        f" {needs.vocab_size}; replay with the tokenizer and the model that"
+        " drew these rollouts"
+      )
+  if len(e) > needs.max_length:
+    return (
+      f"the rollout has {len(e)} tokens and the largest of"
+      f" config.train.buckets is {needs.max_length}; add a longer bucket"
+    )
+  if len(e.tool_records) > needs.max_calls:
+    return (
+      f"the rollout has {len(e.tool_records)} tool calls and"
+      f" config.sampling.max_calls is {needs.max_calls}; raise that"
+    )
+  if not _ROLES.issuperset(e.roles):
+    return f"a role is not one of {sorted(_ROLES)}; {_MEND}"
+  if not all(map(math.isfinite, (*e.logprobs, e.reward))):
+    return f"a log-prob or the reward is not a finite number; {_MEND}"
+  for name in ("task_index", "rollout_id", "n_turns"):
+    if not 0 <= getattr(e, name) < 2**31:
+      return f"{name} {getattr(e, name)} is out of range; {_MEND}"
+  return ""
