@@ -37,6 +37,7 @@ _ENGINE_FIGURES = {
   "extend_tokens_per_s": ("tokens/s, reading tool answers", "{:,.0f}"),
   "slot_occupancy": ("slot use", "{:.1%}"),
   "cache_use": ("cache use", "{:.1%}"),
+  "cache_use_max": ("cache use, most", "{:.1%}"),
   "compilations": ("compilations", "{:.0f}"),
 }
 

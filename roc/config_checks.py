@@ -116,7 +116,7 @@ def _check_model(c: "config_lib.Config") -> None:
     m.head_dim >= 2 and m.head_dim % 2 == 0,
     f"config.model.head_dim must be even, got {m.head_dim}",
   )
-  objection = paged_tpu.objection(m.n_kv_heads, m.head_dim, m.dtype)
+  objection = paged_tpu.objection(m.n_heads, m.n_kv_heads, m.head_dim, m.dtype)
   _require(
     m.attention != "pallas" or not objection,
     f"config.model.attention=pallas {objection}; set it to auto or xla",

@@ -343,6 +343,19 @@ def test_tool_overflow(chat, say):
   assert episode.token_ids[-1] == turns[1][0]
 
 
+def test_every_answer_of_a_tool_counts(chat, say):
+  """The second one does not fit only because the first was read."""
+  turns = [say.calls("a"), say.calls("a"), say.answer("0")]
+  suffix, _ = chat.tool_suffix(["<a>"])
+  exact = 2 * (len(turns[0]) + len(suffix))
+  episode = World(chat, [[turns]], max_tokens=exact).run_one()
+  assert episode.stop_reason == Stop.TOOL_OVERFLOW and episode.n_turns == 2
+  assert len(episode.tool_records) == 2
+  turn = len(say.answer("0"))
+  episode = World(chat, [[turns]], max_tokens=exact + turn).run_one()
+  assert episode.stop_reason == Stop.ANSWERED
+
+
 def test_infra_is_no_wrong_answer(chat, say):
   texts = [[[say.calls("bad"), say.answer("0")], [say.answer("0")]]]
   world = World(chat, texts)
@@ -929,6 +942,23 @@ def test_waiting_is_not_generating(chat, say, monkeypatch):
   n_sleeps = now[0] / 60.0
   assert n_sleeps >= 2
   assert world.timing.tools == now[0] and world.timing.generate == 0.0
+
+
+def test_waiting_for_a_verdict_is_not_generating(chat, say, monkeypatch):
+  now = [0.0]
+  clock = types.SimpleNamespace(
+    monotonic=time.monotonic, perf_counter=lambda: now[0]
+  )
+  monkeypatch.setattr(rollout, "time", clock)
+
+  class Verdict(futures.Future):
+    def result(self, timeout=None):
+      now[0] += 60.0
+      return rewards.score(["0"], "0")
+
+  world = World(chat, [[[say.answer("0")], [say.answer("0")]]])
+  world.run(score=lambda *args, **kwargs: Verdict())
+  assert world.timing.tools == 120.0 and world.timing.generate == 0.0
 
 
 def test_a_sampler_that_draws_nothing_is_an_error(chat, say):

@@ -92,6 +92,16 @@ def test_slots_go_by_age():
   assert sampler.submit([ask(1)]) == [3]
 
 
+def test_those_that_go_on_share_the_slots():
+  sampler = make([[[1], [2]], [[3], [4]]], n_slots=1)
+  first, second = sampler.submit([ask(0), ask(1)])
+  assert tokens(sampler.decode()) == {first: [1]}
+  assert tokens(sampler.decode()) == {second: [3]}
+  sampler.extend({second: [9], first: [9]})
+  assert tokens(sampler.decode()) == {first: [2]}
+  assert tokens(sampler.decode()) == {second: [4]}
+
+
 def test_a_rollout_that_is_released_in_flight_said_nothing():
   sampler = make([[[1, 2]], [[3, 4]]], chunk=1)
   first, second = sampler.submit([ask(0), ask(1)])

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from roc.device import model as model_lib
 from roc.device import paged, sampling
 
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """Rollouts that a chunk is drawn for, one a slot; as the host knows them."""

@@ -1,18 +1,19 @@
 """The rollout engine: continuous batching over a paged key/value cache.
 
-The agent loop hands over rollouts (`submit`), asks for tokens (`dispatch` starts
-a chunk on the device, `collect` waits for it), appends tools' answers behind
-what a rollout already holds (`extend`) and takes rollouts out (`release`).
-Between `dispatch` and `collect` the host is free for other work.
+The agent loop hands over rollouts (`submit`), asks for tokens (`dispatch`
+starts a chunk on the device, `collect` waits for it), appends tools' answers
+behind what a rollout already holds (`extend`) and takes rollouts out
+(`release`). Between `dispatch` and `collect` the host is free for other work.
 
 All that the device keeps is the pool of pages. A rollout's table, length, last
-token and budget live on the host (`schedule`) and travel with each chunk; so any
-rollout can take any of the S slots, one that waits for a tool occupies pages
-and no slot, and giving up sampled tokens is a matter of counting back. Each
-rollout keeps one token *pending*: known, but not in the cache yet. A prompt is
-prefilled once and its pages are shared by all rollouts that start with it; only
-a last page that is part full is copied. Nothing is ever fed twice, and sampling
-never looks at other rollouts, so the schedule does not change what is drawn.
+token and budget live on the host (`schedule`) and travel with each chunk; so
+any rollout can take any of the S slots, one that waits for a tool occupies
+pages and no slot, and giving up sampled tokens is a matter of counting back.
+Each rollout keeps one token *pending*: known, but not in the cache yet. A
+prompt is prefilled once and its pages are shared by all rollouts that start
+with it; only a last page that is part full is copied. Nothing is ever fed
+twice, and sampling never looks at other rollouts, so the schedule does not
+change what is drawn.
 """
 
 import dataclasses
@@ -341,10 +342,11 @@ class Engine:
     n = int(chunk.n_S[slot])
     tokens = chunk.token_SC[slot, :n].tolist()
     is_stopped = bool(chunk.is_stopped_S[slot])
+    is_broken = bool(chunk.is_broken_S[slot])
     if self._find_stop is not None and tokens:
       n_turn = self._find_stop([*r.turn, *tokens])
       if n_turn is not None:
-        n, is_stopped = max(n_turn - len(r.turn), 1), True
+        n, is_stopped, is_broken = max(n_turn - len(r.turn), 1), True, False
         tokens = tokens[:n]
     r.turn += tokens
     r.pending = tokens[-1] if tokens else r.pending
@@ -352,13 +354,13 @@ class Engine:
     r.length += n
     r.budget -= n
     r.is_parked = is_stopped
-    r.is_broken = bool(chunk.is_broken_S[slot])
+    r.is_broken |= bool(chunk.is_broken_S[slot])
     return Drawn(
       tokens,
       chunk.logp_SC[slot, :n].tolist(),
       chunk.raw_logp_SC[slot, :n].tolist(),
       is_stopped,
-      r.is_broken,
+      is_broken,
     )
 
   def _warm_up(self) -> None:

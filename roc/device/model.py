@@ -209,7 +209,7 @@ class Policy:
         f"model.n_kv_heads={config.n_kv_heads}"
       )
     objection = paged_tpu.objection(
-      config.n_kv_heads, config.head_dim, config.dtype
+      config.n_heads, config.n_kv_heads, config.head_dim, config.dtype
     )
     if config.attention == "pallas" and objection:
       raise ValueError(f"model.attention=pallas {objection}")

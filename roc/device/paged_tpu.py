@@ -23,7 +23,7 @@ from roc.device import paged
 # table of tuned sizes has them for most shapes.
 _KEY_BLOCK = 512
 _QUERY_BLOCK = 32
-_LANES = 128  # width of a TPU's vector registers
+_HEAD_DIM = 128  # the only one that the kernel compiles for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +36,21 @@ class Pool:
 jax.tree_util.register_dataclass(Pool, data_fields=["kv_LPZKE"], meta_fields=[])
 
 
-def objection(n_kv_heads: int, head_dim: int, dtype: str) -> str:
-  """Why the kernels cannot take such heads; empty where they can."""
-  if head_dim % _LANES:
-    return f"needs a head_dim that is a multiple of {_LANES}, not {head_dim}"
-  # Heads of one token fill whole registers of 8 rows of 32 bits.
-  n_rows = 2 * n_kv_heads * jnp.dtype(dtype).itemsize // 4
-  if n_rows not in (1, 2, 4) and n_rows % 8:
-    return f"cannot lay out {n_kv_heads} key/value heads of {dtype}"
+def objection(n_heads: int, n_kv_heads: int, head_dim: int, dtype: str) -> str:
+  """Why the kernel cannot take such heads; empty where it can."""
+  if head_dim != _HEAD_DIM:
+    return f"needs a head_dim of {_HEAD_DIM}, not {head_dim}"
+  kind = jnp.dtype(dtype)
+  try:
+    # What the kernel itself will ask, and raise.
+    n_in_block, _ = rpa.kernel.get_min_heads_per_blk(
+      n_heads, 2 * n_kv_heads, kind, kind
+    )
+  except ValueError:
+    n_in_block = 0
+  # A part of the heads must fill registers of 8 rows.
+  if not n_in_block or (n_in_block < n_heads and n_in_block % 8):
+    return f"cannot lay out {n_heads} / {n_kv_heads} heads of {dtype}"
   return ""
 
 

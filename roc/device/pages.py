@@ -2,10 +2,10 @@
 
 Every rollout claims the most pages that it can ever need, and is given them
 one at a time, as its tokens come. More may be claimed than there are pages, as
-long as the state stays *safe* (the banker's algorithm; Dijkstra, EWD 108): there
-is an order in which every rollout can get all that it claimed, each one living
-off what is free and what those before it gave back. So nothing is ever evicted
-and computed again; at worst a rollout waits for its next page.
+long as the state stays *safe* (the banker's algorithm; Dijkstra, EWD 108):
+there is an order in which every rollout can get all that it claimed, each one
+living off what is free and what those before it gave back. So nothing is ever
+evicted and computed again; at worst a rollout waits for its next page.
 """
 
 import dataclasses

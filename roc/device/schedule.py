@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from roc.device import pages, paged, sampling
+from roc.device import paged, pages, sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -210,9 +210,13 @@ class Toolbox:
     return done
 
   def cancel(self, call: futures.Future[ToolOutcome]) -> None:
-    """Gives up a call whose outcome nobody will read; its future fails."""
+    """Gives up a call whose outcome nobody will read, and kills its program."""
     running = self._running.get(call)
-    if running is not None:
+    if running is None:
+      return
+    if hasattr(self.sandbox, "cancel"):
+      self.sandbox.cancel(running)  # pyrefly: ignore  # a test's may have none
+    else:
       running.cancel()
 
   def stats(self) -> dict[str, Any]:

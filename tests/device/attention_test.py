@@ -221,7 +221,7 @@ def test_rows_read_no_page_of_others(kernel, lib):
   rng = np.random.default_rng(3)
   pool = both_pools(rng)[lib is paged_tpu]
   # The second row is longer, so the first one's missing pages are looked up.
-  table_BJ = np.array([[7, -1, -1, -1, -1], [4, 6, 8, 9, 11]], np.int32)
+  table_BJ = np.array([[7, -1, -1, -1, -1], [4, 11, 8, 9, 6]], np.int32)
   place = paged.place(
     jnp.asarray(table_BJ),
     jnp.array([1, 14]),
@@ -298,25 +298,19 @@ def test_which_attention(monkeypatch, make_policy):
   assert make_policy(head_dim=128).uses_pallas
   assert not make_policy(head_dim=128, attention="xla").uses_pallas
   assert not make_policy(head_dim=64).uses_pallas
-  with pytest.raises(ValueError, match="multiple of 128, not 64"):
+  with pytest.raises(ValueError, match="head_dim of 128, not 64"):
     make_policy(head_dim=64, attention="pallas")
 
 
 @pytest.mark.parametrize(
-  ("n_kv_heads", "dtype", "can"),
+  ("n_heads", "n_kv_heads", "dtype", "can"),
   [
-    *((1, "bfloat16", True), (8, "bfloat16", True), (3, "bfloat16", False)),
-    *((4, "float32", True), (6, "float32", False), (12, "float32", True)),
+    *((16, 8, "bfloat16", True), (4, 1, "bfloat16", True)),
+    *((6, 3, "bfloat16", False), (4, 2, "float32", True)),
+    *((12, 6, "float32", False), (16, 16, "float32", False)),
   ],
 )
-def test_heads_that_fit_registers(n_kv_heads, dtype, can):
-  """As the kernel's own check has it."""
-  assert (paged_tpu.objection(n_kv_heads, 128, dtype) == "") == can
-  check = lambda: rpa.kernel.get_min_heads_per_blk(
-    n_kv_heads, 2 * n_kv_heads, jnp.dtype(dtype), jnp.dtype(dtype)
-  )
-  if can:
-    check()
-  else:
-    with pytest.raises(ValueError, match="tiled"):
-      check()
+def test_heads_that_the_kernel_can_lay_out(n_heads, n_kv_heads, dtype, can):
+  """The first, second, fourth and last as compiling for v5p showed."""
+  objection = paged_tpu.objection(n_heads, n_kv_heads, 128, dtype)
+  assert (objection == "") == can

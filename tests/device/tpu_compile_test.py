@@ -5,7 +5,6 @@ memory; nothing runs. It comes with requirements-tpu.txt, not with the lock
 file: without it everything here is skipped.
 """
 
-import dataclasses
 import importlib.util
 
 import jax
@@ -39,6 +38,7 @@ CONFIG = model.ModelConfig(
   rope_theta=1e6,
   dtype="bfloat16",
   remat="full",
+  attention="pallas",
 )
 SAMPLING = sampling.SamplingConfig(
   n_slots=64,
@@ -83,16 +83,16 @@ def on(mesh, tree):
   )
 
 
-def compile_for(mesh, jitted, *args):
+def compile_for(mesh, jitted, *args, **options):
   # A kernel asks its mesh for the kind of device, else the local machine.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    compiled = jitted.lower(*args).compile()
+    compiled = jitted.lower(*args).compile(options)
   return compiled, compiled.memory_analysis()
 
 
-def engine_programs(mesh, attention):
+def engine_programs(mesh):
   """The engine's programs, with shapes of their weights and pool."""
-  policy = model.Policy(dataclasses.replace(CONFIG, attention=attention))
+  policy = model.Policy(CONFIG)
   programs = decoding.Programs(policy, SAMPLING, stop_ids=[151_645])
   params = jax.eval_shape(policy.fuse, policy.abstract_params)
   pool = jax.eval_shape(lambda: policy.empty_pool(N_PAGES, SAMPLING.page))
@@ -109,10 +109,9 @@ def no_second_pool(memory):
   assert memory.temp_size_in_bytes < POOL_BYTES / 4
 
 
-@pytest.mark.parametrize("attention", ["pallas", "xla"])
-def test_drawing_compiles(devices, attention):
+def test_drawing_compiles(devices):
   mesh = mesh_of(devices, 1, 1, 1)
-  programs, params, pool = engine_programs(mesh, attention)
+  programs, params, pool = engine_programs(mesh)
   S, J = SAMPLING.n_slots, SAMPLING.cache_length // SAMPLING.page
   rows = decoding.Rows(
     ints(mesh, S, J),
@@ -122,15 +121,14 @@ def test_drawing_compiles(devices, attention):
   compiled, memory = compile_for(
     mesh, programs.draw, params, pool, rows, ints(mesh)
   )
-  print(f"{attention}: {report(memory)}")
-  assert (KERNEL in compiled.as_text()) == (attention == "pallas")
-  if attention == "pallas":
-    no_second_pool(memory)
+  print(report(memory))
+  assert KERNEL in compiled.as_text()
+  no_second_pool(memory)
 
 
 def test_feeding_compiles(devices):
   mesh = mesh_of(devices, 1, 1, 1)
-  programs, params, pool = engine_programs(mesh, "pallas")
+  programs, params, pool = engine_programs(mesh)
   R, T = SAMPLING.extend_rows, SAMPLING.extend_chunk
   J = SAMPLING.cache_length // SAMPLING.page
   compiled, memory = compile_for(
@@ -146,7 +144,7 @@ def test_feeding_compiles(devices):
 
 def test_copying_and_clearing_compile(devices):
   mesh = mesh_of(devices, 1, 1, 1)
-  programs, _, pool = engine_programs(mesh, "pallas")
+  programs, _, pool = engine_programs(mesh)
   page_R = ints(mesh, SAMPLING.extend_rows)
   for jitted, args in (
     (programs.copy, (page_R, page_R)),
@@ -157,11 +155,10 @@ def test_copying_and_clearing_compile(devices):
     no_second_pool(memory)
 
 
-@pytest.mark.parametrize("attention", ["pallas", "xla"])
-def test_the_update_compiles(devices, attention):
+def test_the_update_compiles(devices):
   """Rows over 2 chips, heads over 2; 8 rows of 4096 tokens."""
   mesh = mesh_of(devices, 1, 2, 2)
-  policy = model.Policy(dataclasses.replace(CONFIG, attention=attention), mesh)
+  policy = model.Policy(CONFIG, mesh)
   learner = step_lib.Learner(
     policy,
     optax.adamw(1e-6),
@@ -181,10 +178,11 @@ def test_the_update_compiles(devices, attention):
     shape[:1], jnp.float32, sharding=rows
   )
   compiled, memory = compile_for(
-    mesh, learner.update, learner.abstract_state, batch
+    *(mesh, learner.update, learner.abstract_state, batch),
+    optimization_level=19,  # O1: a third of the time, not less memory
   )
-  print(f"{attention}: {report(memory)}")
-  assert (KERNEL in compiled.as_text()) == (attention == "pallas")
+  print(report(memory))
+  assert KERNEL in compiled.as_text()
 
 
 def report(memory):
