@@ -30,6 +30,7 @@ AXES = {
   "P": "pages of the key/value cache",
   "J": "pages of one row, in order",
   "Z": "tokens of a page",
+  "M": "queries that share keys (query heads of a key head x tokens)",
 }
 
 

@@ -9,6 +9,7 @@ how many happened to be fed together.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +20,22 @@ from roc.device import paged, sampling
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Rollouts that a chunk is drawn for, one a slot; as the host knows them."""
+  """Rollouts that a chunk is drawn for, one a slot: numpy from the host."""
 
-  table_SJ: jax.Array  # int32: cache pages
-  length_S: jax.Array  # int32: tokens in the cache
-  pending_S: jax.Array  # int32: next input token, not in the cache yet
-  budget_S: jax.Array  # int32: tokens it may still draw; 0: an idle slot
-  key_S2: jax.Array  # uint32: its random stream
+  table_SJ: Any  # int32: cache pages
+  length_S: Any  # int32: tokens in the cache
+  pending_S: Any  # int32: next input token, not in the cache yet
+  budget_S: Any  # int32: tokens it may still draw; 0: an idle slot
+  key_S2: Any  # uint32: its random stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
   """What a chunk drew."""
 
-  token_SC: jax.Array  # int32
-  logp_SC: jax.Array  # of the sampling distribution
-  raw_logp_SC: jax.Array  # of the model's own distribution
+  token_ST: jax.Array  # int32
+  logp_ST: jax.Array  # of the sampling distribution
+  raw_logp_ST: jax.Array  # of the model's own distribution
   n_S: jax.Array  # int32: how many of them
   is_stopped_S: jax.Array  # bool: by a stop id, the budget or broken logits
   is_broken_S: jax.Array  # bool: its logits were not finite
@@ -70,7 +71,7 @@ class Programs:
   def n_compiled(self) -> int:
     """Programs compiled so far."""
     jitted = (self.feed, self.draw, self.copy, self.clear)
-    return sum(f._cache_size() for f in jitted)
+    return sum(f._cache_size() for f in jitted)  # pyrefly: ignore
 
   def _feed_fn(self, params, pool, table_RJ, start_R, n_R, tokens_RT):
     """Caches tokens; also returns a number that is there when they are."""
@@ -90,7 +91,7 @@ class Programs:
     It ends early once no row is left, or `most_idle` rows have stopped.
     """
     c = self._config
-    S, C = c.n_slots, c.chunk
+    S, T = c.n_slots, c.chunk
     unembed_DV = self._policy.unembedding(params)
     stop_ids = jnp.array(self._stop_ids, jnp.int32)
     draw = functools.partial(
@@ -106,7 +107,7 @@ class Programs:
       _, chunk, _, is_live_S = carry
       n_live = jnp.sum(is_live_S)
       is_worth_it = n_start - n_live < most_idle
-      return (chunk.n_steps < C) & (n_live > 0) & is_worth_it
+      return (chunk.n_steps < T) & (n_live > 0) & is_worth_it
 
     def one_token(carry):
       pool, chunk, pending_S, is_live_S = carry
@@ -131,11 +132,11 @@ class Programs:
       n_S = chunk.n_S + is_drawn_S
       is_over_S = is_stop_S | (n_S >= rows.budget_S) | is_broken_S
       t = chunk.n_steps
-      put = lambda x_SC, x_S: x_SC.at[:, t].set(jnp.where(is_drawn_S, x_S, 0))
+      put = lambda x_ST, x_S: x_ST.at[:, t].set(jnp.where(is_drawn_S, x_S, 0))
       chunk = Chunk(
-        put(chunk.token_SC, token_S),
-        put(chunk.logp_SC, logps[0]),
-        put(chunk.raw_logp_SC, logps[1]),
+        put(chunk.token_ST, token_S),
+        put(chunk.logp_ST, logps[0]),
+        put(chunk.raw_logp_ST, logps[1]),
         n_S,
         chunk.is_stopped_S | (is_live_S & is_over_S),
         chunk.is_broken_S | is_broken_S,
@@ -145,11 +146,11 @@ class Programs:
       return pool, chunk, pending_S, is_live_S & ~is_over_S
 
     no_S = jnp.zeros(S, bool)
-    zeros_SC = jnp.zeros((S, C), jnp.float32)
+    zeros_ST = jnp.zeros((S, T), jnp.float32)
     empty = Chunk(
-      jnp.zeros((S, C), jnp.int32),
-      zeros_SC,
-      zeros_SC,
+      jnp.zeros((S, T), jnp.int32),
+      zeros_ST,
+      zeros_ST,
       jnp.zeros(S, jnp.int32),
       no_S,
       no_S,

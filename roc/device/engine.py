@@ -340,7 +340,7 @@ class Engine:
   ) -> Drawn:
     """Books what a rollout drew; takes back what lies behind a late stop."""
     n = int(chunk.n_S[slot])
-    tokens = chunk.token_SC[slot, :n].tolist()
+    tokens = chunk.token_ST[slot, :n].tolist()
     is_stopped = bool(chunk.is_stopped_S[slot])
     is_broken = bool(chunk.is_broken_S[slot])
     if self._find_stop is not None and tokens:
@@ -357,8 +357,8 @@ class Engine:
     r.is_broken |= bool(chunk.is_broken_S[slot])
     return Drawn(
       tokens,
-      chunk.logp_SC[slot, :n].tolist(),
-      chunk.raw_logp_SC[slot, :n].tolist(),
+      chunk.logp_ST[slot, :n].tolist(),
+      chunk.raw_logp_ST[slot, :n].tolist(),
       is_stopped,
       is_broken,
     )
