@@ -56,6 +56,8 @@ def engine(
   config = sampling.SamplingConfig(
     n_slots=SLOTS,
     chunk=CHUNK,
+    extend_chunk=64,
+    extend_rows=16,
     cache_length=cache_length,
     cache_tokens=cache_tokens,
   )

@@ -53,7 +53,8 @@ def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
       f"config.model.vocab_size is {size} and the tokenizer has {n_tokens} "
       "tokens; set it to 0 to follow the tokenizer"
     )
-  return model.Policy(dataclasses.replace(cfg.model, vocab_size=size))
+  shapes = dataclasses.replace(cfg.model, vocab_size=size)
+  return model.Policy(shapes, make_mesh(cfg))
 
 
 def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:

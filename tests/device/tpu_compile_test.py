@@ -179,7 +179,7 @@ def test_the_update_compiles(devices):
   )
   compiled, memory = compile_for(
     *(mesh, learner.update, learner.abstract_state, batch),
-    optimization_level=19,  # O1: a third of the time, not less memory
+    optimization_level=19,  # O1: a third of the time
   )
   print(report(memory))
   assert KERNEL in compiled.as_text()
