@@ -43,7 +43,9 @@ def small_blocks(monkeypatch):
   monkeypatch.setattr(attention, "_BLOCKS", (128,))
 
 
-@pytest.mark.parametrize("has_segments", [False, True])
+@pytest.mark.parametrize(
+  "has_segments", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_splash_equals_plain(small_blocks, has_segments):
   """Values and gradients, T not a multiple of a block, rows and heads split."""
   T, mesh = 150, sharding.make_mesh(2, 1, 2)
@@ -71,6 +73,7 @@ def test_splash_equals_plain(small_blocks, has_segments):
     np.testing.assert_allclose(x, y, atol=5e-6)
 
 
+@pytest.mark.slow
 def test_hidden_is_the_same_by_either(monkeypatch, make_policy, params):
   monkeypatch.setattr(attention, "splash", splash)
   # Their heads are too small for the real kernels, not for these.

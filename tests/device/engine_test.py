@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from roc.device import engine as engine_lib
-from roc.device import sampling
+from roc.device import sampling, sharding
 from roc.device import step as step_lib
 
 STOP_IDS = (1, 2, 3, 4)
@@ -274,6 +274,16 @@ def test_other_slots_do_not_change_a_bit(engine, jobs, plain):
   records = drive(engine, jobs[:2])
   engine.release(slots[:1])
   assert_same_bits(plain[0][:2], records)
+
+
+def test_weights_from_a_mesh_are_the_same_weights(engine, params, jobs, plain):
+  """However training lays them out, the engine samples on its own device."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = sharding.param_shardings(mesh, params)
+  engine.set_params(jax.device_put(params, shardings))
+  records = drive(engine, jobs)
+  engine.set_params(params)
+  assert_same_bits(plain[0], records)
 
 
 def test_rollouts_of_a_group_differ(plain):
