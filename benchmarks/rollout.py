@@ -339,8 +339,8 @@ def main() -> None:
   parser.epilog = __doc__
   parser.formatter_class = argparse.RawDescriptionHelpFormatter
   parser.add_argument("--rows", default=",".join(ROWS))
-  parser.add_argument("--repeats", type=int, default=5)
-  parser.add_argument("--slow_repeats", type=int, default=3)
+  parser.add_argument("--repeats", type=int, help="5; 3 without peers")
+  parser.add_argument("--slow_repeats", type=int, help="rows 2, 4, 6: 3, or 1")
   parser.add_argument("--peers", help="interpreter that has the peers")
   args = parser.parse_args()
   chosen = args.rows.split(",")
@@ -353,8 +353,8 @@ def main() -> None:
       return workers.enter_context(rollout_peers.Worker(args.peers, peer))
 
     bench = Bench(
-      args.repeats,
-      args.slow_repeats,
+      args.repeats or (5 if args.peers else 3),
+      args.slow_repeats or (3 if args.peers else 1),
       worker("tunix", "12456"),
       worker("hf", "3"),
     )

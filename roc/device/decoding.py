@@ -64,8 +64,11 @@ class Programs:
     self._stop_ids = tuple(stop_ids)
     self.feed = jax.jit(self._feed_fn, donate_argnums=1)
     self.draw = jax.jit(self._draw_fn, donate_argnums=1)
-    self.copy = jax.jit(paged.copy_pages, donate_argnums=0)
-    self.clear = jax.jit(paged.clear_pages, donate_argnums=0)
+    # Functions of their own: jit shares its cache between wrappers of one.
+    copy = lambda *args: paged.copy_pages(*args)
+    clear = lambda *args: paged.clear_pages(*args)
+    self.copy = jax.jit(copy, donate_argnums=0)
+    self.clear = jax.jit(clear, donate_argnums=0)
 
   @property
   def n_compiled(self) -> int:

@@ -1,5 +1,7 @@
 """The transformer against plain numpy, and what may not see what."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,16 +175,20 @@ def test_padding_after_the_end_is_inert(params, hidden, tokens_BT):
 TABLE_BJ = np.array([[7, 2, 5], [1, 6, 0]], np.int32)
 
 
-def append(policy, params, pool, tokens_BT, start_B, n_B):
-  """Feeds tokens to two rows with pages of four."""
+@functools.cache
+def compiled_append(policy, length):
+  """Feeds `length` tokens to two rows with pages of four."""
 
   @jax.jit
   def fed(params, pool, tokens_BT, start_B, n_B):
-    place = paged.place(
-      TABLE_BJ, start_B, n_B, length=tokens_BT.shape[1], page=4
-    )
+    place = paged.place(TABLE_BJ, start_B, n_B, length=length, page=4)
     return policy.append(params, pool, tokens_BT, place)
 
+  return fed
+
+
+def append(policy, params, pool, tokens_BT, start_B, n_B):
+  fed = compiled_append(policy, tokens_BT.shape[1])
   return fed(params, pool, tokens_BT, np.array(start_B), np.array(n_B))
 
 
