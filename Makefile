@@ -82,7 +82,8 @@ compare: $(STAMP) ## GRPO, uniform and two RoC arms, 3 seeds (about an hour)
 
 bench: $(STAMP) ## every program in benchmarks/ (ARGS=--json: one line a row)
 	@set -e; for program in benchmarks/*.py; do \
-	  case $$program in */__init__.py|*/common.py) continue;; esac; \
+	  case $$program in */__init__.py|*/common.py|*/rollout_*.py) continue;; \
+	  esac; \
 	  name=$${program#benchmarks/}; \
 	  $(PY) -m benchmarks.$${name%.py} $(ARGS); \
 	done
