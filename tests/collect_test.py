@@ -169,8 +169,11 @@ def test_nothing_is_left_to_draw(finished, nothing_starts, capsys):
 
 
 def test_settings_that_change_no_rollout_may_change(finished, nothing_starts):
+  folder = finished / "rollouts" / "collect_eval"
+  before = files_of(folder)
   changes = {"train.lr": 0.5, "eval.samples": 3, "log.tensorboard": False}
   collect.run(settings(**changes), finished)
+  assert files_of(folder) == before
 
 
 @pytest.mark.slow

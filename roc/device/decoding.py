@@ -94,7 +94,7 @@ class Programs:
     It ends early once no row is left, or `most_idle` rows have stopped.
     """
     c = self._config
-    S, T = c.n_slots, c.chunk
+    T = c.chunk
     unembed_DV = self._policy.unembedding(params)
     stop_ids = jnp.array(self._stop_ids, jnp.int32)
     draw = functools.partial(
@@ -148,17 +148,25 @@ class Programs:
       pending_S = jnp.where(is_drawn_S, token_S, pending_S)
       return pool, chunk, pending_S, is_live_S & ~is_over_S
 
-    no_S = jnp.zeros(S, bool)
-    zeros_ST = jnp.zeros((S, T), jnp.float32)
-    empty = Chunk(
-      jnp.zeros((S, T), jnp.int32),
-      zeros_ST,
-      zeros_ST,
-      jnp.zeros(S, jnp.int32),
-      no_S,
-      no_S,
-      jnp.int32(0),
+    carry = (
+      pool,
+      _empty_chunk(c.n_slots, T),
+      rows.pending_S,
+      rows.budget_S > 0,
     )
-    carry = (pool, empty, rows.pending_S, rows.budget_S > 0)
     pool, chunk, _, _ = jax.lax.while_loop(goes_on, one_token, carry)
     return pool, chunk
+
+
+def _empty_chunk(S: int, T: int) -> Chunk:
+  no_S = jnp.zeros(S, bool)
+  zeros_ST = jnp.zeros((S, T), jnp.float32)
+  return Chunk(
+    jnp.zeros((S, T), jnp.int32),
+    zeros_ST,
+    zeros_ST,
+    jnp.zeros(S, jnp.int32),
+    no_S,
+    no_S,
+    jnp.int32(0),
+  )

@@ -240,10 +240,11 @@ class Engine:
   # ------------------------------------------------------------------ inside
 
   def _feed(self, flight: _Flight) -> None:
-    """Feeds prompts and answers until something can be drawn, then a bit.
+    """Feeds prompts and answers: all of them while nobody draws, else a bit.
 
     At most one call stands between two chunks of those that draw already, so a
-    long prompt goes in by pieces.
+    long prompt goes in by pieces; with nobody to hold up, slots are filled
+    first, since a chunk costs as much for one rollout as for all.
     """
     is_drawing = self._schedule.can_any_draw
     while rows := self._schedule.hungry():
@@ -251,7 +252,6 @@ class Engine:
       self._fork()
       if is_drawing:
         return
-      is_drawing = self._schedule.can_any_draw
     self._fork()
 
   def _feed_rows(
