@@ -101,6 +101,8 @@ class Fleet:
     self._on_setup_failure = on_setup_failure
     self._n_tasks = linux.tasks_of_user()
     self._turn = 0
+    # Reaped while a template's answer was due, which may name them yet.
+    self._gone: set[int] = set()
 
   # -------------------------------------------------------------- templates
 
@@ -144,8 +146,7 @@ class Fleet:
     if data is None:
       return
     if image.is_loaded and data:
-      made = image.unnamed.popleft()
-      made.pid = int(data)
+      self._name(image, data)
       return
     if data == b"ready":
       image.is_loaded = True
@@ -201,10 +202,11 @@ class Fleet:
     if made.is_ready and data:
       self._take_answer(made, data)
     elif data.startswith(zygote.CONFINED):
-      made.is_ready, image.n_failed = True, 0
       made.spare, made.midwife = map(int, data.split()[1:])
-      made.base_kb = linux.resident_kb(self._pid_of(made))
-      self._release_waiting(image)
+      if pid := self._pid_of(made):
+        made.is_ready, image.n_failed = True, 0
+        made.base_kb = linux.resident_kb(pid)
+        self._release_waiting(image)
     elif data == zygote.MAP_IDS:
       self._map_ids(made, plan)
     else:
@@ -226,14 +228,15 @@ class Fleet:
       then(pid, init_pid, "")
 
   def _map_ids(self, made: Zygote, plan: plan_lib.Plan) -> None:
+    pid = self._pid_of(made)
+    if not pid:
+      return
     if plan.first_uid is None:
       uids, gids = [[os.getuid(), 1]], [[os.getgid(), 1]]
     else:
       uids = gids = [[0, 1], [plan.first_uid, plan_lib.n_uids()]]
     try:
-      namespaces.write_id_maps(
-        self._pid_of(made), uids, gids, plan.first_uid is not None
-      )
+      namespaces.write_id_maps(pid, uids, gids, plan.first_uid is not None)
     except OSError as error:
       made.failure = f"id maps: {error.strerror}"
       self.drop(made)
@@ -241,14 +244,30 @@ class Fleet:
     made.sock.send(b"go")
 
   def _pid_of(self, made: Zygote) -> int:
+    """Returns its pid, or 0 if it was dead already and is dropped now."""
     image = self.images[made.image]
-    while not made.pid:  # its template's answer is on the way
+    while made in image.unnamed:  # its template's answer is on the way
       image.sock.setblocking(True)
       try:
-        image.unnamed.popleft().pid = int(image.sock.recv(_REPLY_BYTES))
+        data = image.sock.recv(_REPLY_BYTES)
       finally:
         image.sock.setblocking(False)
+      self._name(image, data)
     return made.pid
+
+  def _name(self, image: Image, data: bytes) -> None:
+    """Takes a template's answer: the pid of the zygote that it forked last.
+
+    One that was reaped before has nobody to say so again: what it forked may
+    hold its socket open.
+    """
+    made = image.unnamed.popleft()
+    made.pid = int(data)
+    if made.pid in self._gone:
+      made.pid = 0
+      self.drop(made)
+    if not any(i.unnamed for i in self.images.values()):
+      self._gone.clear()
 
   def drop(self, made: Zygote) -> None:
     """Forgets a zygote that is dead, or is to be; its calls live on."""
@@ -322,6 +341,8 @@ class Fleet:
           made.pid = 0
           self.drop(made)
           return True
+    if any(image.unnamed for image in self.images.values()):
+      self._gone.add(pid)
     return False
 
 
