@@ -26,7 +26,6 @@ from roc.device import model as model_lib
 from roc.device import paged, sampling
 
 SLOTS = 32
-CHUNK = 16  # tokens between two looks at the host
 
 
 def policy() -> model_lib.Policy:
@@ -54,12 +53,7 @@ def engine(
 ) -> engine_lib.Engine:
   """An engine with weights and compiled programs."""
   config = sampling.SamplingConfig(
-    n_slots=SLOTS,
-    chunk=CHUNK,
-    extend_chunk=64,
-    extend_rows=16,
-    cache_length=cache_length,
-    cache_tokens=cache_tokens,
+    n_slots=SLOTS, cache_length=cache_length, cache_tokens=cache_tokens
   )
   result = engine_lib.Engine(
     policy(), config, [rollout_peers.NO_STOP], find_stop=find_stop

@@ -27,6 +27,7 @@ class Rows:
   pending_S: Any  # int32: next input token, not in the cache yet
   budget_S: Any  # int32: tokens it may still draw; 0: an idle slot
   key_S2: Any  # uint32: its random stream
+  groups: paged.Groups | None = None  # that share pages of their prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Programs:
       min_p=c.min_p,
     )
     n_start = jnp.sum(rows.budget_S > 0)
+    # Position in the rollout: what is cached, plus the pending token. A row
+    # that draws at step t has drawn at every step before.
+    index_ST = rows.length_S[:, None] + 1 + jnp.arange(T)[None]
+    u_ST = sampling.uniforms(rows.key_S2, index_ST)
 
     def goes_on(carry):
       _, chunk, _, is_live_S = carry
@@ -114,6 +119,7 @@ class Programs:
 
     def one_token(carry):
       pool, chunk, pending_S, is_live_S = carry
+      t = chunk.n_steps
       length_S = rows.length_S + chunk.n_S
       place = paged.place(
         rows.table_SJ,
@@ -121,20 +127,20 @@ class Programs:
         is_live_S.astype(jnp.int32),
         length=1,
         page=c.page,
+        groups=rows.groups,
       )
       hidden_S1D, pool = self._policy.append(
         params, pool, pending_S[:, None], place
       )
       logits_SV = (hidden_S1D[:, 0] @ unembed_DV).astype(jnp.float32)
-      # Position in the rollout: what is cached, plus the pending token.
-      token_S, *logps = draw(logits_SV, rows.key_S2, length_S + 1)
+      u_S = jax.lax.dynamic_index_in_dim(u_ST, t, 1, keepdims=False)
+      token_S, *logps = draw(logits_SV, u_S)
       # One that is not finite makes the normaliser, so every log-prob, so too.
       is_broken_S = is_live_S & ~jnp.isfinite(logps[1])
       is_drawn_S = is_live_S & ~is_broken_S
       is_stop_S = jnp.any(token_S[:, None] == stop_ids[None], axis=-1)
       n_S = chunk.n_S + is_drawn_S
       is_over_S = is_stop_S | (n_S >= rows.budget_S) | is_broken_S
-      t = chunk.n_steps
       put = lambda x_ST, x_S: x_ST.at[:, t].set(jnp.where(is_drawn_S, x_S, 0))
       chunk = Chunk(
         put(chunk.token_ST, token_S),

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roc.device import decoding, engine_stats, paged, sampling
+from roc.device import decoding, engine_stats, paged, prefixes, sampling
 from roc.device import model as model_lib
 from roc.device import schedule as schedule_lib
 
@@ -94,6 +94,10 @@ class Engine:
     self._schedule = schedule_lib.Schedule(config)
     self._programs = decoding.Programs(policy, config, stop_ids)
     self._fuse = jax.jit(policy.fuse)
+    self._groups: prefixes.Shape | None = None
+    if config.share_prompts and not policy.uses_pallas:
+      n_queries = policy.config.n_heads // policy.config.n_kv_heads
+      self._groups = prefixes.Shape.of(config.n_slots, n_queries)
     self._params: model_lib.Params | None = None
     # Committed, like the weights: jit compiles once more for every other
     # placement of its arguments.
@@ -247,26 +251,22 @@ class Engine:
     first, since a chunk costs as much for one rollout as for all.
     """
     is_drawing = self._schedule.can_any_draw
-    while rows := self._schedule.hungry():
-      self._feed_rows(flight, rows[: self.config.extend_rows])
+    while pieces := self._schedule.feed():
+      self._feed_pieces(flight, pieces)
       self._fork()
       if is_drawing:
         return
     self._fork()
 
-  def _feed_rows(
-    self, flight: _Flight, rows: Sequence[schedule_lib.Row]
+  def _feed_pieces(
+    self, flight: _Flight, pieces: Sequence[schedule_lib.Piece]
   ) -> None:
-    """One call: the next piece of each row."""
-    T = self.config.extend_chunk
     table_RJ, start_R, n_R, tokens_RT = self._no_rows()
-    for i, row in enumerate(rows):
-      piece, row.feed = row.feed[:T], row.feed[T:]
-      table_RJ[i], start_R[i], n_R[i] = row.table_J, row.length, len(piece)
-      tokens_RT[i, : len(piece)] = piece
-      row.length += len(piece)
-      is_answer = isinstance(row, schedule_lib.Rollout) and row.n_drawn > 0
-      self._stats.count_fed(len(piece), is_answer=is_answer)
+    for i, piece in enumerate(pieces):
+      n = len(piece.ids)
+      table_RJ[i], start_R[i], n_R[i] = piece.row.table_J, piece.start, n
+      tokens_RT[i, :n] = piece.ids
+      self._stats.count_fed(n, is_answer=piece.is_answer)
     self._pool, flight.fed = self._programs.feed(
       self._params, self._pool, table_RJ, start_R, n_R, tokens_RT
     )
@@ -310,7 +310,7 @@ class Engine:
     if not flight.handles:
       return
     S = self.config.n_slots
-    rows = self._no_slots()
+    rows = self._no_slots(self._grouped(flight.handles))
     for slot, handle in enumerate(flight.handles):
       r = self._schedule.rollouts[handle]
       rows.table_SJ[slot] = r.table_J
@@ -325,7 +325,15 @@ class Engine:
       self._params, self._pool, rows, most_idle
     )
 
-  def _no_slots(self) -> decoding.Rows:
+  def _grouped(self, handles: Sequence[int]) -> paged.Groups | None:
+    """Groups of the slots whose rollouts share pages, if any do."""
+    if self._groups is None:
+      return None
+    prefix_of_slot = [self._schedule.shared_pages(h) for h in handles]
+    S, J = self.config.n_slots, self._schedule.n_columns
+    return prefixes.group(self._groups, S, prefix_of_slot, J)
+
+  def _no_slots(self, groups: paged.Groups | None = None) -> decoding.Rows:
     S, J = self.config.n_slots, self._schedule.n_columns
     return decoding.Rows(
       np.full((S, J), paged.NO_PAGE, np.int32),
@@ -333,6 +341,7 @@ class Engine:
       np.zeros(S, np.int32),
       np.zeros(S, np.int32),
       np.zeros((S, 2), np.uint32),
+      groups,
     )
 
   def _take_in(
@@ -370,7 +379,12 @@ class Engine:
     )
     none_R = np.full(self.config.extend_rows, paged.NO_PAGE, np.int32)
     self._pool = self._programs.copy(self._pool, none_R, none_R)
-    self._pool, chunk = self._programs.draw(
-      self._params, self._pool, self._no_slots(), np.int32(1)
-    )
-    jax.block_until_ready(chunk)
+    some_groups: list[paged.Groups | None] = [None]
+    if self._groups is not None:
+      S, J = self.config.n_slots, self._schedule.n_columns
+      some_groups.append(prefixes.no_groups(self._groups, S, J))
+    for groups in some_groups:
+      self._pool, chunk = self._programs.draw(
+        self._params, self._pool, self._no_slots(groups), np.int32(1)
+      )
+      jax.block_until_ready(chunk)

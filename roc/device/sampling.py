@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 _NEG_INF = -1e30
+_BLOCK = 512  # ids; about the root of a large vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,22 +80,41 @@ def restrict(
   return logits_BV
 
 
+def uniforms(key_B2: jax.Array, index_BT: jax.Array) -> jax.Array:
+  """One random number for each token, which depends on nothing else.
+
+  Args:
+    key_B2: uint32 key data of each row's stream.
+    index_BT: positions of tokens in their rollout; folded into the key.
+
+  Returns:
+    float32 [B, T] in [0, 1).
+  """
+
+  def one(key_data, index):
+    key = jax.random.fold_in(jax.random.wrap_key_data(key_data), index)
+    return jax.random.uniform(key)
+
+  return jax.vmap(jax.vmap(one, (None, 0)))(key_B2, index_BT)
+
+
 def sample(
   logits_BV: jax.Array,
-  key_B2: jax.Array,
-  index_B: jax.Array,
+  u_B: jax.Array,
   *,
   temperature: float,
   top_k: int = 0,
   top_p: float = 1.0,
   min_p: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Draws one token per row by the Gumbel-max trick.
+  """Draws one token per row by inverting the distribution function.
+
+  That takes a single random number a token; noise for every id, as the
+  Gumbel-max trick has it, costs more than the model's layers on a CPU.
 
   Args:
     logits_BV: float.
-    key_B2: uint32 key data of each row's stream.
-    index_B: position of the token in its rollout; folded into the key.
+    u_B: a random number in [0, 1) for each row, see `uniforms`.
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keep this many; 0 keeps all.
     top_p: nucleus mass; 1 keeps all.
@@ -109,21 +129,66 @@ def sample(
   used_BV = logits_BV
   if temperature > 0:
     used_BV = restrict(logits_BV / temperature, top_k, top_p, min_p)
-
-    def gumbel(key_data, index):
-      key = jax.random.fold_in(jax.random.wrap_key_data(key_data), index)
-      return jax.random.gumbel(key, (logits_BV.shape[-1],))
-
-    noisy_BV = used_BV + jax.vmap(gumbel)(key_B2, index_B)
+  top_B1, mass_BV = _mass(used_BV)
+  if temperature > 0:
+    token_B = invert(mass_BV, u_B)
   else:
-    noisy_BV = used_BV
-  token_B = jnp.argmax(noisy_BV, axis=-1).astype(jnp.int32)
-  logp_B = _logp(used_BV, token_B)
+    token_B = jnp.argmax(used_BV, axis=-1).astype(jnp.int32)
+  logp_B = _logp(used_BV, token_B, top_B1, mass_BV)
   if temperature in (0, 1) and not top_k and top_p >= 1 and min_p <= 0:
     return token_B, logp_B, logp_B
-  return token_B, logp_B, _logp(logits_BV, token_B)
+  return token_B, logp_B, _logp(logits_BV, token_B, *_mass(logits_BV))
 
 
-def _logp(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
-  logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-  return jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+def invert(mass_BV: jax.Array, u_B: jax.Array) -> jax.Array:
+  """The id at which the cumulated mass passes a share `u` of all mass.
+
+  In two steps, blocks of ids and then the ids of one block: a cumulated sum
+  over a whole vocabulary is slow, and less exact.
+
+  Args:
+    mass_BV: float32, unnormalised and not negative.
+    u_B: float32 in [0, 1).
+
+  Returns:
+    int32 [B]; never an id without mass.
+  """
+  B, V = mass_BV.shape
+  C = min(_BLOCK, V)
+  mass_BNC = jnp.pad(mass_BV, ((0, 0), (0, -V % C))).reshape(B, -1, C)
+  mass_BN = jnp.sum(mass_BNC, axis=-1)
+  u_B, n_B = _cross(mass_BN, u_B * jnp.sum(mass_BN, axis=-1))
+  inside_BC = jnp.take_along_axis(mass_BNC, n_B[:, None, None], axis=1)[:, 0]
+  _, c_B = _cross(inside_BC, u_B)
+  return n_B * C + c_B
+
+
+def _cross(
+  mass_BN: jax.Array, goal_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Where the cumulated mass passes the goal; also what was left to go."""
+  sum_BN = jnp.cumsum(mass_BN, axis=-1)
+  is_before_BN = sum_BN <= goal_B[:, None]
+  n_B = jnp.sum(is_before_BN, axis=-1, dtype=jnp.int32)
+  # Sums of other orders round otherwise: a goal may lie just behind the end.
+  index_N = jnp.arange(mass_BN.shape[1], dtype=jnp.int32)
+  last_B = jnp.max(jnp.where(mass_BN > 0, index_N, 0), axis=-1)
+  before_B = jnp.max(jnp.where(is_before_BN, sum_BN, 0.0), axis=-1)
+  return goal_B - before_B, jnp.minimum(n_B, last_B)
+
+
+def _mass(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The largest logit of each row, and exp of the logits less it."""
+  top_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+  return top_B1, jnp.exp(logits_BV - top_B1)
+
+
+def _logp(
+  logits_BV: jax.Array,
+  token_B: jax.Array,
+  top_B1: jax.Array,
+  mass_BV: jax.Array,
+) -> jax.Array:
+  """Log-softmax at the tokens."""
+  logit_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)
+  return (logit_B1 - top_B1)[:, 0] - jnp.log(jnp.sum(mass_BV, axis=-1))

@@ -69,6 +69,20 @@ class Rollout(Row):
     return not self.is_parked and not self.feed
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """Ids of a row that are fed in one call, behind the `start` that it held."""
+
+  row: Row
+  start: int
+  ids: list[int]
+
+  @property
+  def is_answer(self) -> bool:
+    """Whether they follow something that was drawn."""
+    return isinstance(self.row, Rollout) and self.row.n_drawn > 0
+
+
 class Schedule:
   """The book-keeping of one engine."""
 
@@ -181,14 +195,34 @@ class Schedule:
       self._leave_queue(handle)
       n_active += 1
 
-  def hungry(self) -> list[Row]:
-    """What can be fed its next piece: shared prompts, then rollouts by age."""
-    rows: list[Row] = [p for p in self._prompts.values() if p.feed]
-    for handle, r in self.rollouts.items():
-      n = min(len(r.feed), self.config.extend_chunk)
-      if n and r.is_forked and self._reach(handle, r, r.length + n):
-        rows.append(r)
-    return rows
+  def feed(self) -> list[Piece]:
+    """Takes the next pieces to feed, as many as one call has rows for.
+
+    Shared prompts and then rollouts by age get one each; rows that are left go
+    to further pieces of the same. Pieces in one call see each other: a layer
+    writes all keys and values before it reads any.
+    """
+    hungry: list[tuple[int | None, Row]] = [
+      *((None, p) for p in self._prompts.values() if p.feed),
+      *((h, r) for h, r in self.rollouts.items() if r.feed and r.is_forked),
+    ]
+    pieces: list[Piece] = []
+    while hungry:
+      still_hungry = []
+      for handle, row in hungry:
+        if len(pieces) == self.config.extend_rows:
+          return pieces
+        n = min(len(row.feed), self.config.extend_chunk)
+        # A shared prompt has all its pages from the start.
+        if handle is not None and not self._reach(handle, row, row.length + n):
+          continue
+        pieces.append(Piece(row, row.length, row.feed[:n]))
+        row.length += n
+        row.feed = row.feed[n:]
+        if row.feed:
+          still_hungry.append((handle, row))
+      hungry = still_hungry
+    return pieces
 
   def fork(self) -> list[tuple[int, int]]:
     """Lets rollouts go on from a shared prompt that is in the cache whole.
@@ -224,6 +258,12 @@ class Schedule:
       if r.can_draw and self._reach(handle, r, r.length + n):
         handles.append(handle)
     return handles
+
+  def shared_pages(self, handle: int) -> np.ndarray:
+    """The pages at the head of a rollout's table that others share."""
+    r = self.rollouts[handle]
+    n_pages = r.prompt.length // self.config.page if r.prompt else 0
+    return r.table_J[:n_pages]
 
   @property
   def can_any_draw(self) -> bool:
@@ -307,7 +347,7 @@ class Schedule:
       if ids in self._prompts:
         self._drop_if_unused(self._prompts[ids])
 
-  def _reach(self, handle: int, r: Rollout, n_tokens: int) -> bool:
+  def _reach(self, handle: int, r: Row, n_tokens: int) -> bool:
     """Sees to it that a rollout's pages reach so many tokens."""
     n_more = -(-n_tokens // self.config.page) - r.n_pages
     if n_more <= 0:

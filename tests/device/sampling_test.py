@@ -25,8 +25,9 @@ def keys_B2():
 def draw(keys_B2, index=0, **how):
   run = jax.jit(functools.partial(sampling.sample, **how))
   n = len(keys_B2)
+  u_B = sampling.uniforms(keys_B2, jnp.full((n, 1), index))[:, 0]
   token_B, logp_B, raw_logp_B = run(
-    jnp.broadcast_to(LOGITS_V[None], (n, V)), keys_B2, jnp.full(n, index)
+    jnp.broadcast_to(LOGITS_V[None], (n, V)), u_B
   )
   assert token_B.dtype == jnp.int32 and logp_B.dtype == jnp.float32
   # Of the model's own distribution, however it was drawn from.

@@ -31,11 +31,8 @@ def request(prompt, budget=8):
 def feed(s):
   """Feeds all that is hungry, as the engine does, and forks."""
   fed = []
-  while rows := s.hungry():
-    for row in rows:
-      piece, row.feed = row.feed[:4], row.feed[4:]
-      row.length += len(piece)
-      fed.append(piece)
+  while pieces := s.feed():
+    fed += [piece.ids for piece in pieces]
     s.fork()
   s.fork()
   return fed
@@ -86,6 +83,28 @@ def test_a_shared_prompt_is_fed_once():
   assert s.draw() == handles
 
 
+def test_a_call_is_filled_with_pieces():
+  s = make(extend_rows=4, n_slots=3)
+  long, short = list(range(1, 22)), [7, 8]
+  s.submit([request(long), request(short), request([9] * 6)])
+  s.admit()
+  pieces = s.feed()
+  # One each, then the rest of the rows to what is left, the oldest first.
+  assert [(p.start, p.ids) for p in pieces] == [
+    (0, long[:4]),
+    (0, [7]),
+    (0, [9] * 4),
+    (4, long[4:8]),
+  ]
+  assert [(p.start, p.ids) for p in s.feed()] == [
+    (8, long[8:12]),
+    (4, [9]),
+    (12, long[12:16]),
+    (16, long[16:20]),
+  ]
+  assert s.feed() == [] and len(s.draw()) == 3
+
+
 def test_shared_pages_live_as_long_as_somebody_needs_them():
   s = make()
   prompt = list(range(1, 8))
@@ -106,8 +125,7 @@ def test_copies_of_a_part_full_page():
   s = make(n_slots=3)
   s.submit([request(list(range(1, 8)))] * 3)
   s.admit()
-  (prompt,) = s.hungry()
-  prompt.feed, prompt.length = [], 6
+  assert len(s.feed()) == 2
   copies = s.fork()
   assert len(copies) == 3 and len({page for page, _ in copies}) == 1
   assert {copy for _, copy in copies} == {
@@ -120,8 +138,7 @@ def test_a_full_page_is_not_copied():
   s = make(n_slots=3)
   s.submit([request(list(range(1, 6)))] * 3)  # four to feed
   s.admit()
-  (prompt,) = s.hungry()
-  prompt.feed, prompt.length = [], 4
+  assert len(s.feed()) == 1
   assert s.fork() == []
   assert s.draw() == list(s.rollouts)
 
