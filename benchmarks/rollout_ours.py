@@ -28,9 +28,10 @@ from roc.device import paged, sampling
 SLOTS = 32
 
 
-def policy() -> model_lib.Policy:
+def policy(
+  s: rollout_peers.Shape = rollout_peers.SHAPE, dtype: str = "float32"
+) -> model_lib.Policy:
   """The model that all sides run."""
-  s = rollout_peers.SHAPE
   return model_lib.Policy(
     model_lib.ModelConfig(
       vocab_size=s.vocab,
@@ -41,6 +42,7 @@ def policy() -> model_lib.Policy:
       head_dim=s.head_dim,
       d_ff=s.d_ff,
       rope_theta=s.rope_theta,
+      dtype=dtype,
     )
   )
 

@@ -45,6 +45,9 @@ class Shape:
 
 
 SHAPE = Shape()
+# As published, but with random weights.
+QWEN3_0_6B = Shape(151_936, 1024, 28, 16, 8, 128, 3072)
+SHAPES = {"small": SHAPE, "qwen3-0.6b": QWEN3_0_6B}
 NO_STOP = SHAPE.vocab + 7  # an id that cannot be drawn
 
 
@@ -182,7 +185,7 @@ class _Words:
 class Tunix:
   """google-tunix 0.1.7: static batches, a cache of one size for a row."""
 
-  def __init__(self) -> None:
+  def __init__(self, shape: Shape = SHAPE) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.disable(logging.WARNING)
     nnx = importlib.import_module("flax.nnx")
@@ -190,7 +193,7 @@ class Tunix:
     qwen3 = importlib.import_module("tunix.models.qwen3.model")
     self._base = importlib.import_module("tunix.rl.rollout.base_rollout")
     self._vanilla = importlib.import_module("tunix.rl.rollout.vanilla_rollout")
-    s = SHAPE
+    s = self._shape = shape
     config = qwen3.ModelConfig(
       num_layers=s.n_layers,
       vocab_size=s.vocab,
@@ -216,9 +219,9 @@ class Tunix:
     if cache not in self._rollouts:
       size = self._base.CacheConfig(
         cache_size=cache,
-        num_layers=SHAPE.n_layers,
-        num_kv_heads=SHAPE.n_kv_heads,
-        head_dim=SHAPE.head_dim,
+        num_layers=self._shape.n_layers,
+        num_kv_heads=self._shape.n_kv_heads,
+        head_dim=self._shape.head_dim,
       )
       self._rollouts[cache] = self._vanilla.VanillaRollout(
         self._model, _Words(), size
@@ -266,16 +269,19 @@ class Tunix:
 
 
 class HuggingFace:
-  """`generate` of transformers, float32 on the processor."""
+  """`generate` of transformers: float32 on a processor, bfloat16 on a GPU."""
 
-  def __init__(self) -> None:
+  def __init__(self, shape: Shape = SHAPE) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     self._torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
     self._torch.set_num_threads(len(os.sched_getaffinity(0)))
     self._torch.manual_seed(0)
-    s = SHAPE
+    is_on_gpu = self._torch.cuda.is_available()
+    self._device = "cuda" if is_on_gpu else "cpu"
+    dtype = self._torch.bfloat16 if is_on_gpu else self._torch.float32
+    s = shape
     config = transformers.Qwen3Config(
       vocab_size=s.vocab,
       hidden_size=s.d_model,
@@ -291,11 +297,12 @@ class HuggingFace:
       eos_token_id=None,
       pad_token_id=0,
     )
-    self._model = transformers.Qwen3ForCausalLM(config).float().eval()
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    self._model = model.to(self._device, dtype)
 
   def generate(self, n: int, n_prompt: int, n_new: int) -> int:
     """Rows of one length; returns tokens drawn."""
-    ids_BT = self._torch.tensor(prompts(n, n_prompt))
+    ids_BT = self._torch.tensor(prompts(n, n_prompt), device=self._device)
     with self._torch.no_grad():
       out_BT = self._model.generate(
         ids_BT,
@@ -313,7 +320,7 @@ class HuggingFace:
     return n * n_new
 
 
-PEERS: dict[str, Callable[[], Any]] = {"tunix": Tunix, "hf": HuggingFace}
+PEERS: dict[str, Callable[[Shape], Any]] = {"tunix": Tunix, "hf": HuggingFace}
 
 
 # ------------------------------------------------------------ server and client
@@ -339,9 +346,10 @@ def clock(run: Callable[[], int]) -> Took:
 class Worker:
   """A peer in a process of its own; used as a context manager."""
 
-  def __init__(self, python: str, peer: str):
+  def __init__(self, python: str, peer: str, *, shape: str = "small"):
     root = str(pathlib.Path(__file__).resolve().parents[1])
     command = [python, "-m", "benchmarks.rollout_peers", "--serve", peer]
+    command += ["--shape", shape]
     self._process = subprocess.Popen(
       command,
       stdin=subprocess.PIPE,
@@ -372,11 +380,11 @@ class Worker:
     return Took(**json.loads(answer))
 
 
-def _serve(peer: str) -> None:
+def _serve(peer: str, shape: Shape) -> None:
   """Answers commands until there are no more."""
   answers = os.fdopen(os.dup(1), "w")
   os.dup2(2, 1)  # what libraries print is no answer
-  side = PEERS[peer]()
+  side = PEERS[peer](shape)
   for line in sys.stdin:
     verb, arguments = json.loads(line)
     took = clock(lambda v=verb, a=arguments: getattr(side, v)(**a))
@@ -388,9 +396,10 @@ def main() -> None:
   """Serves one peer; without `--serve` there is nothing to do."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--serve", choices=PEERS)
+  parser.add_argument("--shape", choices=SHAPES, default="small")
   arguments, _ = parser.parse_known_args()
   if arguments.serve:
-    _serve(arguments.serve)
+    _serve(arguments.serve, SHAPES[arguments.shape])
 
 
 if __name__ == "__main__":

@@ -258,37 +258,65 @@ def _walk(
       its queries sees [B, M].
     state: of what was seen before.
   """
-  Z = pool.v_LPKZE.shape[3]
+  Z, W = pool.v_LPKZE.shape[3], _columns_at_once(table_BJ.shape[1])
   table_BJ = own_pages(table_BJ)
+  table_BJ = jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % W)), "edge")
   first_B, last_BM = entries
   f32 = jnp.float32
 
-  def column(j, state):
+  def some(i, state):
     top_BKM, mass_BKM, out_BKME = state
-    page_B = jax.lax.dynamic_index_in_dim(table_BJ, j, 1, keepdims=False)
-    get = lambda x: x.at[layer, page_B].get(mode="clip")
-    k_BKEZ, v_BKZE = get(pool.k_LPKEZ), get(pool.v_LPKZE)
-    logits_BKMZ = jnp.einsum(
-      "bkme,bkez->bkmz", q_BKME, k_BKEZ, preferred_element_type=f32
+    page_BW = jax.lax.dynamic_slice_in_dim(table_BJ, i * W, W, axis=1)
+    get = lambda x: x.at[layer, page_BW].get(mode="clip")
+    k_BWKEZ, v_BWKZE = get(pool.k_LPKEZ), get(pool.v_LPKZE)
+    logits_BKMWZ = jnp.einsum(
+      "bkme,bwkez->bkmwz", q_BKME, k_BWKEZ, preferred_element_type=f32
     )
-    entry_11Z = (j * Z + jnp.arange(Z))[None, None]
-    may_BMZ = entry_11Z <= last_BM[..., None]
+    entry_WZ = (i * W * Z + jnp.arange(W * Z)).reshape(1, 1, W, Z)
+    may_BMWZ = entry_WZ <= last_BM[..., None, None]
     if first_B is not None:
-      may_BMZ &= entry_11Z >= first_B[:, None, None]
-    logits_BKMZ = jnp.where(may_BMZ[:, None], logits_BKMZ, _NEG_INF)
-    new_BKM = jnp.maximum(top_BKM, jnp.max(logits_BKMZ, axis=-1))
-    p_BKMZ = jnp.exp(logits_BKMZ - new_BKM[..., None])
+      may_BMWZ &= entry_WZ >= first_B[:, None, None, None]
+    logits_BKMWZ = jnp.where(may_BMWZ[:, None], logits_BKMWZ, _NEG_INF)
+    new_BKM = jnp.maximum(top_BKM, jnp.max(logits_BKMWZ, axis=(-2, -1)))
+    p_BKMWZ = jnp.exp(logits_BKMWZ - new_BKM[..., None, None])
     fade_BKM = jnp.exp(top_BKM - new_BKM)
-    mass_BKM = mass_BKM * fade_BKM + jnp.sum(p_BKMZ, axis=-1)
+    mass_BKM = mass_BKM * fade_BKM + _sum(p_BKMWZ)
     part_BKME = jnp.einsum(
-      "bkmz,bkze->bkme",
-      p_BKMZ.astype(v_BKZE.dtype),
-      v_BKZE,
+      "bkmwz,bwkze->bkme",
+      p_BKMWZ.astype(v_BWKZE.dtype),
+      v_BWKZE,
       preferred_element_type=f32,
     )
     return new_BKM, mass_BKM, out_BKME * fade_BKM[..., None] + part_BKME
 
-  return jax.lax.fori_loop(*columns, column, state)
+  first, end = columns
+  return jax.lax.fori_loop(first // W, (end + W - 1) // W, some, state)
+
+
+def _columns_at_once(J: int) -> int:
+  """One on a CPU, whose caches hold what is gathered; else many.
+
+  A GPU returns to the host after each turn of a loop.
+  """
+  return 1 if jax.default_backend() == "cpu" else min(J, 8)
+
+
+def _sum(x_BKMWZ: jax.Array) -> jax.Array:
+  """Sums the last two axes; on a CPU in an order that is always the same.
+
+  Its backend reduces small and large arrays in different orders, so that the
+  bits would depend on the other axes.
+  """
+  if jax.default_backend() != "cpu":
+    return jnp.sum(x_BKMWZ, axis=(-2, -1))
+  x_BKMN = x_BKMWZ.reshape(*x_BKMWZ.shape[:3], -1)
+  while (n := x_BKMN.shape[-1]) > 1:
+    half = (n + 1) // 2
+    rest = x_BKMN[..., half:]
+    if n % 2:
+      rest = jnp.pad(rest, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    x_BKMN = x_BKMN[..., :half] + rest
+  return x_BKMN[..., 0]
 
 
 def own_pages(table_BJ: jax.Array) -> jax.Array:
