@@ -134,3 +134,30 @@ def test_shared_pages_are_really_read_in_groups():
   q, k = jnp.ones((S, 1, 2, 16)), jnp.ones((S, 1, 1, 16))
   out, _ = paged.attend(pool, place, jnp.int32(0), q, k, k)
   np.testing.assert_allclose(out[:, 0, 0, 0], [7, 7, 7, 8], rtol=1e-3)
+
+
+@pytest.mark.parametrize("n_at_once", [2, 4])
+def test_columns_at_once_agree_with_one_by_one(monkeypatch, n_at_once):
+  """As on a GPU: two turns of two columns, or all four in one."""
+  rng = np.random.default_rng(0)
+  S, J, Z, K, E = 6, 4, 8, 2, 16
+  pool = jax.tree.map(
+    lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)),
+    paged.empty(1, S * J, Z, K, E, jnp.float32),
+  )
+  table_SJ = rng.permutation(S * J).reshape(S, J).astype(np.int32)
+  length_S = rng.integers(0, J * Z, S).astype(np.int32)
+  n_S = np.array([1, 1, 0, 1, 1, 1], np.int32)
+  q, k, v = (
+    jnp.asarray(rng.standard_normal((S, 1, n, E), np.float32))
+    for n in (2 * K, K, K)
+  )
+
+  def attend():
+    place = paged.place(table_SJ, length_S, n_S, length=1, page=Z)
+    out, _ = paged.attend(pool, place, jnp.int32(0), q, k, v)
+    return np.asarray(out)[n_S > 0]
+
+  want = attend()
+  monkeypatch.setattr(paged, "_columns_at_once", lambda J: n_at_once)
+  np.testing.assert_allclose(attend(), want, atol=1e-6)
