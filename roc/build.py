@@ -59,7 +59,8 @@ def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
 
 def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:
   """The mesh of `config.mesh` over this machine's devices."""
-  config_checks.check_devices(cfg, len(jax.devices()))
+  n_devices, backend = len(jax.devices()), jax.default_backend()
+  config_checks.check_devices(cfg, n_devices, backend)
   return sharding.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
 
 

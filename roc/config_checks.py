@@ -30,14 +30,25 @@ def check(c: "config_lib.Config") -> None:
     section(c)
 
 
-def check_devices(c: "config_lib.Config", n_devices: int) -> None:
-  """Raises `errors.UserError` if the mesh needs more devices than there are."""
+def check_devices(c: "config_lib.Config", n_devices: int, backend: str) -> None:
+  """Raises `errors.UserError` if the machine cannot run what is asked for.
+
+  Args:
+    c: the config.
+    n_devices: that there are.
+    backend: "cpu", "gpu" or "tpu".
+  """
   product = c.mesh.data * c.mesh.fsdp * c.mesh.tensor
   _require(
     product <= n_devices and n_devices % product == 0,
     f"config.mesh is {c.mesh.data} x {c.mesh.fsdp} x {c.mesh.tensor} ="
     f" {product} devices and this machine has {n_devices}; set data, fsdp and"
     " tensor so that their product divides it",
+  )
+  _require(
+    c.model.attention != "pallas" or backend == "tpu",
+    f"config.model.attention is 'pallas', kernels that only a TPU runs, and"
+    f" this machine's devices are of kind {backend!r}; set it to 'auto'",
   )
 
 

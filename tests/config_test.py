@@ -126,11 +126,20 @@ def test_unusual_settings_that_can_be():
 
 def test_mesh_must_fit_the_machine():
   cfg = config.resolve(changed({"mesh.data": 4}))
-  config_checks.check_devices(cfg, 8)
+  config_checks.check_devices(cfg, 8, "cpu")
   with pytest.raises(
     errors.UserError, match="4 devices and this machine has 1"
   ):
-    config_checks.check_devices(cfg, 1)
+    config_checks.check_devices(cfg, 1, "cpu")
+
+
+def test_kernels_must_suit_the_machine():
+  cfg = config.resolve(
+    changed({"model.attention": "pallas", "model.head_dim": 128})
+  )
+  config_checks.check_devices(cfg, 1, "tpu")
+  with pytest.raises(errors.UserError, match="only a TPU runs.*'gpu'"):
+    config_checks.check_devices(cfg, 1, "gpu")
 
 
 def test_json_round_trip():

@@ -290,7 +290,7 @@ def _walk(
     return new_BKM, mass_BKM, out_BKME * fade_BKM[..., None] + part_BKME
 
   first, end = columns
-  if W == table_BJ.shape[1]:
+  if table_BJ.shape[1] == W:
     return some(0, state)
   return jax.lax.fori_loop(first // W, (end + W - 1) // W, some, state)
 
