@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common, rollout_ours, rollout_peers
+from benchmarks import common, rollout_ours, rollout_peers, rollout_work
 from roc.device import engine as engine_lib
 from roc.device import sampling
 
@@ -49,7 +49,7 @@ class Case:
 
   def prompts(self) -> list[list[int]]:
     """One for every slot."""
-    distinct = rollout_peers.prompts(self.n_slots // self.n_same, self.n_prompt)
+    distinct = rollout_work.prompts(self.n_slots // self.n_same, self.n_prompt)
     return [prompt for prompt in distinct for _ in range(self.n_same)]
 
 
@@ -64,7 +64,7 @@ SMALL = (Case(32, 64, 192), Case(32, 512, 64, n_same=8))
 
 def engine(case: Case, is_small: bool) -> engine_lib.Engine:
   """An engine with weights and compiled programs."""
-  shape = rollout_peers.SHAPES["small" if is_small else "qwen3-0.6b"]
+  shape = rollout_work.SHAPES["small" if is_small else "qwen3-0.6b"]
   policy = rollout_ours.policy(shape, "float32" if is_small else "bfloat16")
   config = sampling.SamplingConfig(
     n_slots=case.n_slots,
@@ -72,7 +72,7 @@ def engine(case: Case, is_small: bool) -> engine_lib.Engine:
     extend_chunk=32 if is_small else 256,
     cache_length=-(-(case.n_prompt + case.n_new) // 64) * 64,
   )
-  made = engine_lib.Engine(policy, config, [rollout_peers.NO_STOP + 10**6])
+  made = engine_lib.Engine(policy, config, [rollout_work.NO_STOP + 10**6])
   made.set_params(jax.jit(policy.init)(jax.random.key(0)))
   return made
 

@@ -3,7 +3,8 @@
 One model for all: a Qwen3 of 4 layers and 3.3 M parameters, float32, random
 weights, and no id that could end a turn, so that all draw equally many tokens.
 
-Rows, chosen by `--rows`:
+Rows, chosen by `--rows` (ours with its defaults, in 1 to 3 with pages of 128
+and chunks of 32 tokens):
   1  32 prompts of 64 tokens, 192 new ones: Tunix
   2  the same, with 4096 tokens of cache for every row: Tunix
   3  as 1: Hugging Face `generate`
@@ -40,7 +41,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from benchmarks import common, rollout_ours, rollout_peers
+from benchmarks import common, rollout_ours, rollout_peers, rollout_work
 from benchmarks.rollout_ours import SLOTS
 from roc.device import engine as engine_lib
 
@@ -138,7 +139,9 @@ def measure_equal(
   """Rows 1 to 3: all prompts and answers of one length."""
   n, n_prompt, n_new = SLOTS, 64, 192
   ours = our_side(
-    rollout_ours.engine(cache), rollout_peers.prompts(n, n_prompt), [n_new] * n
+    rollout_ours.engine(cache, page=128, chunk=32),
+    rollout_work.prompts(n, n_prompt),
+    [n_new] * n,
   )
   case = f"{n} x {n_prompt} + {n_new}, cache {cache}"
   yield from measure(case, "tokens", [ours, *peers], repeats)
@@ -181,7 +184,7 @@ def row_4(bench: Bench) -> Iterator[common.Row]:
   lengths = np.minimum(drawn_N, RAGGED_CAP).tolist()
   sides = [
     our_side(
-      rollout_ours.engine(cache), rollout_peers.prompts(n, n_prompt), lengths
+      rollout_ours.engine(cache), rollout_work.prompts(n, n_prompt), lengths
     )
   ]
   if bench.tunix is not None:
@@ -204,7 +207,7 @@ def row_5(bench: Bench) -> Iterator[common.Row]:
   cache = n_prompt + n_new
   prompts = [
     prompt
-    for prompt in rollout_peers.prompts(n, n_prompt)
+    for prompt in rollout_work.prompts(n, n_prompt)
     for _ in range(repeat)
   ]
   sides = [
@@ -227,7 +230,7 @@ def row_5(bench: Bench) -> Iterator[common.Row]:
 
 def row_6(bench: Bench) -> Iterator[common.Row]:
   """Conversations with tools."""
-  talk = rollout_peers.Talk(batch=SLOTS)
+  talk = rollout_work.Talk(batch=SLOTS)
   cache = -(-talk.n_tokens // 64) * 64
   engine = rollout_ours.engine(
     cache,
@@ -241,7 +244,7 @@ def row_6(bench: Bench) -> Iterator[common.Row]:
     Side("ours", lambda: clock(rollout_ours.Conversations(engine, talk).run)),
     Side(
       "our engine, turn by turn, prefilled again",
-      lambda: clock(lambda: rollout_peers.talk_in_batches(again, talk)),
+      lambda: clock(lambda: rollout_work.talk_in_batches(again, talk)),
       2,
     ),
   ]
@@ -274,7 +277,7 @@ def decode_side(engine: engine_lib.Engine, n_prompt: int, n_new: int) -> Side:
     return n
 
   def run() -> rollout_peers.Took:
-    prompts = rollout_peers.prompts(SLOTS, n_prompt)
+    prompts = rollout_work.prompts(SLOTS, n_prompt)
     engine.submit(rollout_ours.requests(prompts, [n_new] * SLOTS))
     engine.decode()
     took = rollout_peers.clock(rest)

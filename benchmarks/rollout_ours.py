@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import rollout_peers
+from benchmarks import rollout_work
 from roc.device import engine as engine_lib
 from roc.device import model as model_lib
 from roc.device import paged, sampling
@@ -29,7 +29,7 @@ SLOTS = 32
 
 
 def policy(
-  s: rollout_peers.Shape = rollout_peers.SHAPE, dtype: str = "float32"
+  s: rollout_work.Shape = rollout_work.SHAPE, dtype: str = "float32"
 ) -> model_lib.Policy:
   """The model that all sides run."""
   return model_lib.Policy(
@@ -50,15 +50,15 @@ def policy(
 def engine(
   cache_length: int,
   *,
-  cache_tokens: int = 0,
   find_stop: engine_lib.FindStop | None = None,
+  **settings: Any,
 ) -> engine_lib.Engine:
-  """An engine with weights and compiled programs."""
+  """An engine with weights and compiled programs; `settings` of sampling."""
   config = sampling.SamplingConfig(
-    n_slots=SLOTS, cache_length=cache_length, cache_tokens=cache_tokens
+    n_slots=SLOTS, cache_length=cache_length, **settings
   )
   result = engine_lib.Engine(
-    policy(), config, [rollout_peers.NO_STOP], find_stop=find_stop
+    policy(), config, [rollout_work.NO_STOP], find_stop=find_stop
   )
   result.set_params(result.policy.init(jax.random.key(0)))
   return result
@@ -97,7 +97,7 @@ def draw(
 class Conversations:
   """Conversations by our engine, driven as `roc.rollout` drives it."""
 
-  def __init__(self, engine: engine_lib.Engine, talk: rollout_peers.Talk):
+  def __init__(self, engine: engine_lib.Engine, talk: rollout_work.Talk):
     self._engine = engine
     self._talk = talk
     self._seconds, self._answers = talk.seconds(), talk.answers()
@@ -111,7 +111,7 @@ class Conversations:
     talk = self._talk
     n, budget = talk.n_conversations, talk.n_tokens - talk.n_prompt
     handles = self._engine.submit(
-      requests(rollout_peers.prompts(n, talk.n_prompt), [budget] * n)
+      requests(rollout_work.prompts(n, talk.n_prompt), [budget] * n)
     )
     self._index = {handle: i for i, handle in enumerate(handles)}
     self._turn = dict.fromkeys(handles, 0)
