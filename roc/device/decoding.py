@@ -1,9 +1,10 @@
 """The programs that the engine runs: feed tokens, draw tokens, copy pages.
 
-All shapes come from the config: three programs are compiled, whatever prompts,
-tools and lengths are. Each works in one shape only, because XLA's CPU backend
-rounds differently for another number of rows, and what is drawn would depend on
-how many happened to be fed together.
+All shapes come from the config: one program of each kind is compiled (of
+drawing two, without groups and with), whatever prompts, tools and lengths are.
+Each works in one shape only, because XLA's CPU backend rounds differently for
+another number of rows, and what is drawn would depend on how many happened to
+be fed together.
 """
 
 import dataclasses

@@ -134,3 +134,40 @@ def test_stream_is_pinned():
   for part in (3, 11, 5):
     key = jax.random.fold_in(key, part)
   np.testing.assert_array_equal(keys_B2[0], jax.random.key_data(key))
+
+
+@pytest.mark.parametrize("n_ids", [1, 7, 512, 1300])
+def test_invert_takes_the_id_where_the_mass_passes_the_share(n_ids):
+  rng = np.random.default_rng(n_ids)
+  n = 400
+  mass_BV = rng.random((n, n_ids), np.float32) ** 8
+  mass_BV[rng.random((n, n_ids)) < 0.5] = 0.0
+  mass_BV[:, n_ids // 2] += 1e-3
+  u_B = rng.random(n, np.float32)
+  u_B[:2] = 0.0, np.float32(1 - 2**-24)  # the least and the largest
+  got_B = np.asarray(sampling.invert(jnp.asarray(mass_BV), jnp.asarray(u_B)))
+  sum_BV = np.cumsum(mass_BV.astype(np.float64), axis=-1)
+  goal_B = u_B * sum_BV[:, -1]
+  row_B = np.arange(n)
+  before_B = sum_BV[row_B, got_B] - mass_BV[row_B, got_B]
+  slack_B = 1e-6 * sum_BV[:, -1]
+  assert np.all(mass_BV[row_B, got_B] > 0)
+  assert np.all(before_B <= goal_B + slack_B)
+  assert np.all(goal_B <= sum_BV[row_B, got_B] + slack_B)
+
+
+def test_large_vocabularies_are_drawn_from_as_they_should_be(keys_B2):
+  """More ids than a block has: the whole range, by blocks, in proportion."""
+  n_ids = 1300
+  logits_V = np.linspace(0.0, 3.0, n_ids, dtype=np.float32)
+  logits_V[::3] = -np.inf
+  u_B = sampling.uniforms(keys_B2, jnp.zeros((B, 1), jnp.int32))[:, 0]
+  token_B, logp_B, _ = jax.jit(
+    functools.partial(sampling.sample, temperature=1.0)
+  )(jnp.broadcast_to(logits_V[None], (B, n_ids)), u_B)
+  p_V = softmax(logits_V.astype(np.float64))
+  np.testing.assert_allclose(logp_B, np.log(p_V[token_B]), atol=1e-5)
+  parts = np.array_split(np.arange(n_ids), 8)
+  part_of_V = np.repeat(np.arange(8), [len(part) for part in parts])
+  share_8 = np.array([p_V[part].sum() for part in parts])
+  assert chi_square(part_of_V[token_B], share_8) < CHI2_7
