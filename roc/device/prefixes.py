@@ -32,8 +32,7 @@ class Shape:
     """Sizes the groups.
 
     Args:
-      n_slots: S. There are groups enough for half of all rollouts to be in
-        groups that are a quarter full.
+      n_slots: S. All fit into groups that are half full.
       n_queries: of a row, those that share a key/value head.
     """
     n_groups = n_slots // 4
