@@ -53,7 +53,7 @@ $(STAMP): requirements.lock
 	    "'make setup' again continues it" >&2; exit 1; }; \
 	cp requirements.lock $(STAMP)
 
-quickstart: $(STAMP) ## train a tiny tool-using policy from nothing (7-15 min)
+quickstart: $(STAMP) ## train a tiny tool-using policy from nothing (5-15 min)
 	$(PY) -m roc.main sft --config=experiments/quickstart.py \
 	  --workdir=$(RUN)/sft $(ARGS)
 	$(PY) -m roc.main train --config=experiments/quickstart.py \
