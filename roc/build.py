@@ -13,7 +13,15 @@ import rich.console
 
 from roc import config as config_lib
 from roc import config_checks, errors, rollout, runlog, wiring
-from roc.device import checkpoint, engine, manifest, model, sampling, sharding
+from roc.device import (
+  checkpoint,
+  engine,
+  engines,
+  manifest,
+  model,
+  sampling,
+  sharding,
+)
 from roc.device import step as step_lib
 from roc.host import tools
 from roc.host.sandbox import contract
@@ -68,15 +76,25 @@ def make_engine(
   policy: model.Policy,
   settings: sampling.SamplingConfig,
   host: wiring.HostParts,
-) -> engine.Engine:
-  """An engine that stops where the host's chat format ends a turn."""
+) -> rollout.Sampler:
+  """What samples, stopping where the host's chat format ends a turn."""
   if host.chat.find_stop is not None:
     say(
       "the tokenizer has no single token for the end of a turn, so the host"
       " looks for it after every chunk: slower, and otherwise the same"
     )
-  return engine.Engine(
-    policy, settings, host.chat.stop_ids, find_stop=host.chat.find_stop
+  devices = jax.local_devices()
+  is_cpu = jax.default_backend() == "cpu"
+  n_devices = settings.n_devices or (1 if is_cpu else len(devices))
+  stop_ids, find_stop = host.chat.stop_ids, host.chat.find_stop
+  if n_devices == 1:
+    return engine.Engine(policy, settings, stop_ids, find_stop=find_stop)
+  return engines.Engines(
+    policy,
+    settings,
+    stop_ids,
+    devices=devices[:n_devices],
+    find_stop=find_stop,
   )
 
 

@@ -46,6 +46,11 @@ def check_devices(c: "config_lib.Config", n_devices: int, backend: str) -> None:
     " tensor so that their product divides it",
   )
   _require(
+    c.sampling.n_devices <= n_devices,
+    f"config.sampling.n_devices is {c.sampling.n_devices} and this machine has"
+    f" {n_devices}; set it to 0 for all of them",
+  )
+  _require(
     c.model.attention != "pallas" or backend == "tpu",
     f"config.model.attention is 'pallas', kernels that only a TPU runs, and"
     f" this machine's devices are of kind {backend!r}; set it to 'auto'",
@@ -89,6 +94,7 @@ def _check_ranges(c: "config_lib.Config") -> None:
     c,
     0,
     *("seed", "model.vocab_size", "sampling.top_k", "loss.kl_coef"),
+    "sampling.n_devices",
     *("loss.entropy_coef", "filter.min_pos", "filter.min_neg"),
     *("train.warmup", "train.weight_decay", "train.grad_clip"),
     *("train.microbatch_rows", "sft.microbatch_rows", "sft.warmup"),

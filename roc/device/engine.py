@@ -75,6 +75,7 @@ class Engine:
     stop_ids: Sequence[int],
     *,
     find_stop: FindStop | None = None,
+    device: jax.Device | None = None,
   ):
     """Builds an engine, without weights as yet.
 
@@ -84,6 +85,7 @@ class Engine:
       stop_ids: ids that end a turn, seen on the device.
       find_stop: asked on the host after each chunk; what was drawn behind the
         end that it finds is taken back.
+      device: that it runs on; None: the first of this host.
 
     Raises:
       ValueError: no slots, or a cache that cannot hold one rollout.
@@ -103,7 +105,7 @@ class Engine:
     self._params: model_lib.Params | None = None
     # Committed, like the weights: jit compiles once more for every other
     # placement of its arguments.
-    self._device = jax.local_devices()[0]
+    self._device = device or jax.local_devices()[0]
     n_pages = self._schedule.book.n_pages
     self._pool = jax.device_put(
       policy.empty_pool(n_pages, config.page), self._device

@@ -1,6 +1,7 @@
 """What an engine did, in numbers for a row of metrics."""
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass
@@ -77,3 +78,17 @@ class Stats:
     fresh.n_compiled = n_compiled
     self.__dict__.update(fresh.__dict__)
     return row
+
+
+def together(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+  """Rows of engines that ran side by side as one: rates and counts add up."""
+  merged = {}
+  for name in {name: None for row in rows for name in row}:
+    values = [row[name] for row in rows if name in row]
+    if name.endswith("_per_s") or name == "compilations":
+      merged[name] = sum(values)
+    elif name.endswith("_max"):
+      merged[name] = max(values)
+    else:
+      merged[name] = sum(values) / len(values)
+  return merged

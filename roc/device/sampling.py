@@ -13,7 +13,10 @@ _BLOCK = 512  # ids; about the root of a large vocabulary
 class SamplingConfig:
   """How rollouts are drawn."""
 
-  n_slots: int = 64  # rollouts that are decoded at once
+  # Devices of this host that sample, each with weights, slots and cache of its
+  # own; 0: all accelerators, or one CPU.
+  n_devices: int = 0
+  n_slots: int = 64  # rollouts that a device decodes at once
   chunk: int = 16  # tokens decoded on the device between two looks at the host
   extend_chunk: int = 32  # tokens of a prompt or tool answer fed in per call
   extend_rows: int = 8  # prompts and tool answers fed in per call

@@ -31,6 +31,18 @@ class Request:
   budget: int
 
 
+def check(requests: Sequence[Request], config: sampling.SamplingConfig) -> None:
+  """Raises ValueError: an empty prompt, or one too long for the cache."""
+  for r in requests:
+    if not r.prompt:
+      raise ValueError("a prompt holds at least one token")
+    if len(r.prompt) + r.budget > config.cache_length:
+      raise ValueError(
+        f"prompt of {len(r.prompt)} tokens plus budget {r.budget} exceeds "
+        f"sampling.cache_length={config.cache_length}"
+      )
+
+
 @dataclasses.dataclass
 class Row:
   """Something that fills pages: a rollout, or a prompt that several share."""
@@ -128,14 +140,7 @@ class Schedule:
     Raises:
       ValueError: an empty prompt, or a prompt and budget that exceed the cache.
     """
-    for r in requests:
-      if not r.prompt:
-        raise ValueError("a prompt holds at least one token")
-      if len(r.prompt) + r.budget > self.config.cache_length:
-        raise ValueError(
-          f"prompt of {len(r.prompt)} tokens plus budget {r.budget} exceeds "
-          f"sampling.cache_length={self.config.cache_length}"
-        )
+    check(requests, self.config)
     handles = [next(self._handles) for _ in requests]
     for handle, r in zip(handles, requests, strict=True):
       self._queue.setdefault(tuple(r.prompt), {})[handle] = r
