@@ -5,6 +5,7 @@
 configuration already has (ml_collections' config_flags).
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import pathlib
@@ -27,6 +28,13 @@ if typing.TYPE_CHECKING:
 # What --config means to a command: it must be given, it is by default the one
 # that the workdir was made with, or there is none.
 Source = Literal["needed", "saved", "none"]
+
+
+class Parser(argparse.ArgumentParser):
+  """Of commands that read their own flags; one sentence per mistake."""
+
+  def error(self, message: str) -> typing.NoReturn:
+    raise errors.UserError(f"{self.prog.split()[-1]}: {message}")
 
 
 @dataclasses.dataclass(frozen=True)

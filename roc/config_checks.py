@@ -142,6 +142,13 @@ def _check_model(c: "config_lib.Config") -> None:
     m.rope_theta > 0 and m.norm_eps > 0,
     "config.model.rope_theta and config.model.norm_eps must be above 0",
   )
+  _require(
+    m.rope_factor >= 1
+    and 0 < m.rope_low_freq_factor < m.rope_high_freq_factor
+    and m.rope_original_length > 0,
+    "config.model.rope_factor must be at least 1, rope_low_freq_factor above 0"
+    " and below rope_high_freq_factor, and rope_original_length above 0",
+  )
   for name, axis, size in (
     ("n_kv_heads", "tensor", tensor),
     ("d_ff", "tensor", tensor),

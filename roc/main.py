@@ -92,6 +92,12 @@ COMMANDS = {
     " together; what is finished already is not trained again.",
     "compare --config=experiments/roc_vs_grpo.py --workdir=runs/comparison",
   ),
+  "score": Command(
+    "log-probs and entropies of given tokens under a Hugging Face model",
+    "Its own --help tells more.",
+    "score --model=DIR --input=FILE.jsonl",
+    "own",
+  ),
   "sandbox": Command(
     "run a program as a model's tool call would; show what confines it",
     "Its own --help tells more.",

@@ -18,7 +18,7 @@ import textwrap
 import typing
 from collections.abc import Sequence
 
-from roc import errors
+from roc import cli, errors
 from roc.host import sandbox as sandbox_lib
 from roc.host.sandbox import contract, plan
 
@@ -42,15 +42,8 @@ def main(argv: Sequence[str]) -> int:
     raise errors.UserError(str(error)) from error
 
 
-class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one sentence, as all commands do."""
-
-  def error(self, message: str) -> typing.NoReturn:
-    raise errors.UserError(f"{self.prog.split()[-1]}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(
+  parser = cli.Parser(
     prog="python -m roc.main sandbox",
     description="Runs programs in the sandbox, or shows what it can do here.",
   )

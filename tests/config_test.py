@@ -98,6 +98,7 @@ def test_booleans_are_no_numbers():
     ({"model.n_kv_heads": 3}, "multiple of config.model.n_kv_heads"),
     ({"model.head_dim": 7}, "head_dim must be even"),
     ({"model.attention": "flash"}, "model.attention must be one of auto, xla"),
+    ({"model.rope_factor": 0.5}, "rope_factor must be at least 1"),
     ({"model.attention": "pallas"}, "pallas needs a head_dim of 128, not 32"),
     ({"seed": -1}, "seed must be at least 0"),
     ({"checkpoint.keep": 0}, "checkpoint.keep must be at least 1"),

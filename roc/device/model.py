@@ -1,9 +1,11 @@
-"""A decoder-only transformer with the Qwen3 block, as pure functions of params.
+"""Decoder-only transformers of one block, as pure functions of params.
 
-RMSNorm, grouped-query attention with q/k norm, rotary positions, SwiGLU, tied
-or untied head (Qwen3 technical report, arXiv 2505.09388; block as in Hugging
-Face `modeling_qwen3`). Layers are stacked on a leading axis and scanned, so
-compile time does not grow with depth.
+RMSNorm, grouped-query attention, rotary positions, SwiGLU, tied or untied head:
+Qwen3 (arXiv 2505.09388) with a norm of queries and keys, Qwen2.5 (arXiv
+2412.15115) with biases in place of it, Llama 3 (arXiv 2407.21783) with neither
+and with stretched rotary positions; each as in Hugging Face's `modeling_*`.
+Layers are stacked on a leading axis and scanned, so compile time does not grow
+with depth.
 
 Flax NNX builds the module once; `Policy` splits it at the border. From there on
 the parameters are a plain nested dict of arrays and every method is a pure
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from roc.device import attention as attention_lib
-from roc.device import paged, paged_tpu
+from roc.device import paged, paged_tpu, rotary
 
 Params = dict[str, Any]
 Pool = paged.Pool | paged_tpu.Pool
@@ -39,7 +41,15 @@ class ModelConfig:
   n_kv_heads: int = 2
   head_dim: int = 32
   d_ff: int = 384
+  qk_norm: bool = True  # RMSNorm of each head's queries and keys (Qwen3)
+  qkv_bias: bool = False  # biases of the query, key, value products (Qwen2.5)
   rope_theta: float = 1e4
+  # Llama 3.1's stretching of rotary positions beyond the length that it was
+  # pretrained with; a factor of 1 stretches nothing.
+  rope_factor: float = 1.0
+  rope_low_freq_factor: float = 1.0
+  rope_high_freq_factor: float = 4.0
+  rope_original_length: int = 8192
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   dtype: str = "float32"  # compute; parameters are always float32
@@ -62,11 +72,13 @@ class Block(nnx.Module):
     c = config
     dtype = jnp.dtype(c.dtype)
 
-    def linear(n_in, n_out, scale=1.0):
+    def linear(n_in, n_out, scale=1.0, use_bias=False):
       init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
       return nnx.Linear(
-        n_in, n_out, use_bias=False, dtype=dtype, kernel_init=init, rngs=rngs
+        n_in, n_out, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs
       )
+
+    qkv_linear = functools.partial(linear, c.d_model, use_bias=c.qkv_bias)
 
     def norm(n):
       return nnx.RMSNorm(n, epsilon=c.norm_eps, dtype=jnp.float32, rngs=rngs)
@@ -77,22 +89,23 @@ class Block(nnx.Module):
     self.attn_norm = norm(c.d_model)
     if is_fused:
       n_heads = c.n_heads + 2 * c.n_kv_heads
-      self.qkv_proj = linear(c.d_model, n_heads * c.head_dim)
+      self.qkv_proj = qkv_linear(n_heads * c.head_dim)
       self.gate_up_proj = linear(c.d_model, 2 * c.d_ff)
     else:
-      self.q_proj = linear(c.d_model, c.n_heads * c.head_dim)
-      self.k_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
-      self.v_proj = linear(c.d_model, c.n_kv_heads * c.head_dim)
+      self.q_proj = qkv_linear(c.n_heads * c.head_dim)
+      self.k_proj = qkv_linear(c.n_kv_heads * c.head_dim)
+      self.v_proj = qkv_linear(c.n_kv_heads * c.head_dim)
       self.gate_proj = linear(c.d_model, c.d_ff)
       self.up_proj = linear(c.d_model, c.d_ff)
-    self.q_norm = norm(c.head_dim)
-    self.k_norm = norm(c.head_dim)
+    if c.qk_norm:
+      self.q_norm = norm(c.head_dim)
+      self.k_norm = norm(c.head_dim)
     self.o_proj = linear(c.n_heads * c.head_dim, c.d_model, residual_scale)
     self.mlp_norm = norm(c.d_model)
     self.down_proj = linear(c.d_ff, c.d_model, residual_scale)
 
   def __call__(
-    self, x_BTD: jax.Array, turn: "Rotation", attend: Attend
+    self, x_BTD: jax.Array, turn: rotary.Rotation, attend: Attend
   ) -> tuple[jax.Array, Any]:
     """Returns the residual stream after this layer and what `attend` kept."""
     c = self.config
@@ -102,8 +115,9 @@ class Block(nnx.Module):
     q_BTHE, k_BTKE, v_BTKE = (
       x.reshape(*lead, -1, c.head_dim) for x in self._qkv(h_BTD)
     )
-    q_BTHE = turn(self.q_norm(q_BTHE)).astype(dtype)
-    k_BTKE = turn(self.k_norm(k_BTKE)).astype(dtype)
+    if c.qk_norm:
+      q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+    q_BTHE, k_BTKE = turn(q_BTHE).astype(dtype), turn(k_BTKE).astype(dtype)
     out_BTHE, kept = attend(q_BTHE, k_BTKE, v_BTKE)
     x_BTD += self.o_proj(out_BTHE.reshape(*lead, -1)).astype(x_BTD.dtype)
     h_BTD = self.mlp_norm(x_BTD).astype(dtype)
@@ -156,28 +170,6 @@ class Transformer(nnx.Module):
         kernel_init=nnx.initializers.normal(0.02),
         rngs=rngs,
       )
-
-
-class Rotation:
-  """Rotary position embedding, halves rotated (RoFormer, arXiv 2104.09864).
-
-  The angles are the same in every layer, so they are computed once.
-  """
-
-  def __init__(self, position_BT: jax.Array, head_dim: int, theta: float):
-    half = head_dim // 2
-    frequency_E = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1E = (
-      position_BT[..., None, None].astype(jnp.float32)
-      * frequency_E[None, None, None]
-    )
-    self._cos_BT1E, self._sin_BT1E = jnp.cos(angle_BT1E), jnp.sin(angle_BT1E)
-
-  def __call__(self, x_BTHE: jax.Array) -> jax.Array:
-    """Turns queries or keys by the angle of their position."""
-    a, b = jnp.split(x_BTHE, 2, axis=-1)
-    cos, sin = self._cos_BT1E, self._sin_BT1E
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 class Policy:
@@ -258,8 +250,9 @@ class Policy:
     layers = dict(params["layers"])
 
     def beside(*names: str) -> Params:
-      kernels = [layers.pop(name)["kernel"] for name in names]
-      return {"kernel": jnp.concatenate(kernels, axis=-1)}
+      parts = [layers.pop(name) for name in names]
+      join = lambda *xs: jnp.concatenate(xs, axis=-1)
+      return jax.tree.map(join, *parts)
 
     layers |= {
       "qkv_proj": beside("q_proj", "k_proj", "v_proj"),
@@ -363,8 +356,18 @@ class Policy:
       c.n_layers, n_pages, page, c.n_kv_heads, c.head_dim, jnp.dtype(c.dtype)
     )
 
-  def _rotation(self, position_BT: jax.Array) -> Rotation:
-    return Rotation(position_BT, self.config.head_dim, self.config.rope_theta)
+  def _rotation(self, position_BT: jax.Array) -> rotary.Rotation:
+    c = self.config
+    frequency_E = rotary.frequencies(c.head_dim, c.rope_theta)
+    if c.rope_factor != 1.0:
+      frequency_E = rotary.stretch(
+        frequency_E,
+        c.rope_factor,
+        c.rope_low_freq_factor,
+        c.rope_high_freq_factor,
+        c.rope_original_length,
+      )
+    return rotary.Rotation(position_BT, frequency_E)
 
 
 def _abstract(config: ModelConfig, *, is_fused: bool) -> Transformer:

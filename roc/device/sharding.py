@@ -30,6 +30,7 @@ PARAM_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"embed/embedding", ("vocab", "embed")),
   (r"head/kernel", ("embed", "vocab")),
   (r"layers/[qkv]_proj/kernel", ("layer", "embed", "heads")),
+  (r"layers/[qkv]_proj/bias", ("layer", "heads")),
   (r"layers/o_proj/kernel", ("layer", "heads", "embed")),
   (r"layers/(gate|up)_proj/kernel", ("layer", "embed", "ffn")),
   (r"layers/down_proj/kernel", ("layer", "ffn", "embed")),

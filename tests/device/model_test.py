@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc.device import attention, model, paged
+from roc.device import attention, paged, rotary
 
 B, T = 2, 12
 
@@ -81,7 +81,8 @@ def np_hidden(c, params, tokens_T):
 def test_rope_rotates_planes():
   x_BTHE = np.random.default_rng(1).normal(size=(B, T, 3, 8)).astype(np.float32)
   position_BT = np.stack([np.arange(T), np.arange(T) * 7 + 3])
-  turn = lambda x, position: model.Rotation(position, 8, 1e4)(x)
+  frequency_E = rotary.frequencies(8, 1e4)
+  turn = lambda x, position: rotary.Rotation(position, frequency_E)(x)
   got = jax.jit(turn)(x_BTHE, position_BT)
   want = np.stack(
     [np_rope(x, pos, 1e4) for x, pos in zip(x_BTHE, position_BT, strict=True)]

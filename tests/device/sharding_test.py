@@ -33,7 +33,9 @@ def mesh():
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def abstract_params(request, make_policy):
-  return make_policy(tie_embeddings=request.param).abstract_params
+  is_tied = request.param
+  made = make_policy(tie_embeddings=is_tied, qkv_bias=not is_tied)
+  return made.abstract_params
 
 
 def test_one_rule_for_each_parameter(abstract_params):
@@ -43,7 +45,8 @@ def test_one_rule_for_each_parameter(abstract_params):
 
 
 def test_every_rule_is_used(make_policy):
-  paths = paths_of(make_policy(tie_embeddings=False).abstract_params)
+  policy = make_policy(tie_embeddings=False, qkv_bias=True)
+  paths = paths_of(policy.abstract_params)
   for pattern, logical_axes in sharding.PARAM_RULES:
     assert any(re.fullmatch(pattern, path) for path in paths), pattern
     assert set(logical_axes) <= set(sharding.MESH_AXIS_OF)

@@ -1,0 +1,221 @@
+"""Weights of small models of every family: what they compute, in and out."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from roc import errors
+from roc.core import logprobs
+from roc.device import engine as engine_lib
+from roc.device import families, model, sampling, sharding, weights
+
+MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
+FAMILIES = ("qwen2", "qwen3", "llama")
+
+
+def mesh(*shape):
+  return sharding.make_mesh(*(shape or (1, 1, 1)))
+
+
+def load(folder, *shape):
+  policy = model.Policy(families.read(folder))
+  return policy, weights.load(folder, policy, mesh(*shape))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_equal_the_reference(name, side):
+  """Log-probs and entropies of padded rows, against transformers."""
+  policy, params = load(MODELS / name)
+  golden = np.load(MODELS / name / "golden.npz")
+  ids_BT, mask_BT = golden[f"{side}_ids"], golden[f"{side}_mask"]
+  position_BT = np.maximum(np.cumsum(mask_BT, axis=-1) - 1, 0)
+  hidden_BTD = policy.hidden(params, ids_BT, position_BT, mask_BT)
+  logp_BT, entropy_BT = logprobs.token_logprobs(
+    hidden_BTD[:, :-1], policy.unembedding(params), ids_BT[:, 1:]
+  )
+  is_scored_BT = (mask_BT[:, :-1] * mask_BT[:, 1:]).astype(bool)
+  assert is_scored_BT.sum() == golden["length"].sum() - len(ids_BT)
+  for got_BT, want_BT in (
+    (logp_BT, golden[f"{side}_logp"]),
+    (entropy_BT, golden[f"{side}_entropy"][:, :-1]),
+  ):
+    np.testing.assert_allclose(
+      np.asarray(got_BT)[is_scored_BT], want_BT[is_scored_BT], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_engine_draws_the_reference_s_greedy_tokens(name):
+  policy, params = load(MODELS / name)
+  golden = np.load(MODELS / name / "golden.npz")
+  config = sampling.SamplingConfig(
+    n_slots=2, chunk=7, extend_chunk=4, cache_length=64, temperature=0.0
+  )
+  engine = engine_lib.Engine(policy, config, [10_000])
+  engine.set_params(params)
+  rows = zip(golden["right_ids"], golden["length"], strict=True)
+  handles = engine.submit(
+    [
+      engine_lib.Request(ids_T[:n].tolist(), np.zeros(2, np.uint32), 24)
+      for ids_T, n in rows
+    ]
+  )
+  tokens = {handle: [] for handle in handles}
+  while drawn := engine.decode():
+    for handle, chunk in drawn.items():
+      tokens[handle] += chunk.tokens
+    engine.release([h for h, chunk in drawn.items() if chunk.is_stopped])
+  want = [ids.tolist() for ids in golden["greedy"]]
+  assert [tokens[handle] for handle in handles] == want
+  assert len({tuple(ids) for ids in want}) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_mesh_holds_the_same_numbers(name):
+  _, plain = load(MODELS / name)
+  policy, params = load(MODELS / name, 2, 2, 2)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  kernel = params["layers"]["gate_proj"]["kernel"]
+  want = sharding.param_shardings(mesh(2, 2, 2), policy.abstract_params)
+  assert kernel.sharding == want["layers"]["gate_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def tensors_of(folder):
+  found = {}
+  for path in folder.glob("*.safetensors"):
+    found |= safetensors.numpy.load_file(path)
+  return found
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_exported_is_what_was_read(tmp_path, name, shard_bytes):
+  policy, params = load(MODELS / name, 1, 2, 2)
+  out = tmp_path / "out"
+  weights.export(
+    params, policy.config, out, dtype="float32", shard_bytes=shard_bytes
+  )
+  got, want = tensors_of(out), tensors_of(MODELS / name)
+  assert got.keys() == want.keys()
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  n_files = len(list(out.glob("*.safetensors")))
+  assert (
+    (n_files > 1)
+    == (shard_bytes == 40_000)
+    == (out / weights.INDEX_FILE).exists()
+  )
+  again, params_again = load(out)
+  assert again.config == policy.config
+  jax.tree.map(np.testing.assert_array_equal, params_again, params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(tmp_path, dtype):
+  policy, params = load(MODELS / "qwen3")
+  weights.export(params, policy.config, tmp_path / "out", dtype=dtype)
+  assert {str(x.dtype) for x in tensors_of(tmp_path / "out").values()} == {
+    dtype
+  }
+  _, again = load(tmp_path / "out")
+  rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), params)
+  jax.tree.map(np.testing.assert_array_equal, again, rounded)
+
+
+# ------------------------------------------------------------------ bad folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+  made = tmp_path / "model"
+  shutil.copytree(MODELS / "qwen3", made)
+  (made / "model.safetensors").chmod(0o644)
+  return made
+
+
+def rewrite(folder, change):
+  path = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def refused(folder, sentence):
+  with pytest.raises(errors.UserError, match=sentence) as caught:
+    load(folder)
+  assert str(folder) in str(caught.value)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_tensors_are_named(folder):
+  names = [f"model.layers.{i}.self_attn.q_norm.weight" for i in range(3)]
+  rewrite(folder, lambda tensors: [tensors.pop(name) for name in names])
+  refused(folder, f"lacks {names[0]}, {names[1]}, {names[2]}$")
+
+
+def test_many_missing_tensors_are_counted(folder):
+  rewrite(folder, lambda tensors: [tensors.pop(n) for n in list(tensors)[5:]])
+  refused(folder, "lacks .* and 25 more")
+
+
+def test_tensors_that_are_left_over_are_named(folder):
+  extra = np.zeros(3, np.float32)
+  rewrite(folder, lambda tensors: tensors.update({"visual.patch": extra}))
+  refused(folder, "no place for, visual.patch")
+
+
+def test_a_head_beside_a_tied_one_is_no_fault(folder):
+  """Some exports hold both; and old ones the rotary frequencies."""
+  extra = {
+    "lm_head.weight": np.zeros((96, 32), np.float32),
+    "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+  }
+  rewrite(folder, lambda tensors: tensors.update(extra))
+  load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+  name = "model.layers.1.mlp.up_proj.weight"
+  rewrite(
+    folder, lambda tensors: tensors.update({name: tensors[name].T.copy()})
+  )
+  refused(folder, rf"{name} is of shape \(32, 56\).*says \(56, 32\)")
+
+
+@pytest.mark.parametrize("n_bytes", [0, 5, 3_000, 100_000])
+def test_files_that_are_cut_off(folder, n_bytes):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:n_bytes])
+  refused(folder, "model.safetensors is no whole safetensors file")
+
+
+def test_files_that_are_missing(folder):
+  (folder / "model.safetensors").unlink()
+  refused(folder, "holds neither model.safetensors nor")
+  index = folder / weights.INDEX_FILE
+  index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+  refused(folder, "model-1.safetensors is missing")
+  for text in ("{", "[]", "{}", '{"weight_map": 3}'):
+    index.write_text(text)
+    refused(folder, "is no index of safetensors")
+
+
+def test_exports_do_not_overwrite(folder):
+  policy, params = load(folder)
+  with pytest.raises(errors.UserError, match="exists; name a new folder"):
+    weights.export(params, policy.config, folder)
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+  policy, params = load(MODELS / "qwen3")
+  (tmp_path / "file").write_text("")
+  with pytest.raises(errors.UserError, match="cannot be written"):
+    weights.export(params, policy.config, tmp_path / "file" / "out")
+  assert [p.name for p in tmp_path.iterdir()] == ["file"]
