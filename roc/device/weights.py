@@ -50,7 +50,7 @@ for _name in ("gate_proj", "up_proj", "down_proj"):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
+class Leaf:
   """A parameter and the tensors that it is made of."""
 
   path: str
@@ -97,12 +97,12 @@ def load(
   with contextlib.ExitStack() as stack:
     files = _Files(pathlib.Path(folder), stack)
     leaves = jax.tree_util.tree_map_with_path(
-      lambda path, x: _Leaf(sharding.path_name(path), x.shape),
+      lambda path, x: Leaf(sharding.path_name(path), x.shape),
       policy.abstract_params,
     )
     files.check(jax.tree.leaves(leaves), policy.config.tie_embeddings)
 
-    def read(leaf: _Leaf) -> jax.Array:
+    def read(leaf: Leaf) -> jax.Array:
       where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
       part = lambda index: files.read(leaf, index)
       made = jax.make_array_from_callback(leaf.shape, where, part)
@@ -146,7 +146,7 @@ class _Files:
     except (ValueError, KeyError, AttributeError, TypeError) as e:
       raise errors.UserError(f"{path} is no index of safetensors") from e
 
-  def check(self, leaves: list[_Leaf], is_tied: bool) -> None:
+  def check(self, leaves: list[Leaf], is_tied: bool) -> None:
     """Raises a UserError unless the tensors are those of the model."""
     wanted = {name: leaf for leaf in leaves for name in leaf.names}
     missing = [name for name in wanted if name not in self._file_of]
@@ -177,7 +177,7 @@ class _Files:
   def _slice(self, name: str) -> Any:
     return self._open[self._file_of[name]].get_slice(name)
 
-  def read(self, leaf: _Leaf, index: tuple[slice, ...]) -> np.ndarray:
+  def read(self, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
     """A part of a parameter, in float32."""
     if not leaf.is_stacked:
       return self._read(leaf, leaf.names[0], index)
@@ -190,7 +190,7 @@ class _Files:
     return part
 
   def _read(
-    self, leaf: _Leaf, name: str, index: tuple[slice, ...]
+    self, leaf: Leaf, name: str, index: tuple[slice, ...]
   ) -> np.ndarray:
     tensor = self._slice(name)[index[::-1] if leaf.is_transposed else index]
     tensor = tensor.T if leaf.is_transposed else tensor
@@ -240,7 +240,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """One tensor after the other, each fetched when its turn comes."""
   for path, x in jax.tree_util.tree_leaves_with_path(params):
-    leaf = _Leaf(sharding.path_name(path), x.shape)
+    leaf = Leaf(sharding.path_name(path), x.shape)
     for i, name in enumerate(leaf.names):
       tensor = np.asarray(x[i] if leaf.is_stacked else x, jnp.dtype(dtype))
       tensor = tensor.T if leaf.is_transposed else tensor
