@@ -16,9 +16,9 @@ The learning rate is half of the quickstart's, so that the arms stay apart for
 longer before all of them are clean.
 
 Source: GRPO-RoC, arXiv 2508.20722; the task is this project's own.
-Hardware: 2 CPU cores, 35 minutes to an hour.
-Result: failing calls 10.4 % (grpo), 10.1 % (uniform), 3.9 % (roc_sort), 5.6 %
-(roc_inverse) from 25.8 %; accuracy the same in all arms (docs/results.md).
+Hardware: 2 CPU cores, 25 minutes to an hour.
+Result: failing calls 16.7 % (grpo), 17.8 % (uniform), 5.8 % (roc_sort), 8.1 %
+(roc_inverse) from 26.5 %; accuracy the same in all arms (docs/results.md).
 
 Command:
   make compare
