@@ -85,27 +85,18 @@ def decode(engine: engine_lib.Engine, case: Case) -> tuple[float, float]:
   if n != case.n_slots * engine.config.chunk:
     raise RuntimeError(f"the first chunk drew {n} tokens")
 
-  def rest() -> int:
-    n = 0
-    while drawn := engine.decode():
-      n += sum(len(chunk.tokens) for chunk in drawn.values())
-      engine.release([h for h, chunk in drawn.items() if chunk.is_stopped])
-    return n
-
-  took = rollout_peers.clock(rest)
+  took = rollout_peers.clock(lambda: rollout_ours.finish(engine))
   return took.n / case.n_slots, took.wall
 
 
 def step_bytes(engine: engine_lib.Engine, case: Case) -> float:
   """Bytes that a step after the first chunk has to read, on average."""
-  c, chunk = engine.policy.config, engine.config.chunk
-  size = jnp.dtype(c.dtype).itemsize
-  n_q, n_kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-  layer = c.d_model * (2 * n_q + 2 * n_kv + 3 * c.d_ff)
-  weights = c.n_layers * layer + c.d_model * c.vocab_size
-  drawn = (chunk + case.n_new) / 2
-  held = case.n_slots * (drawn + case.n_prompt / case.n_same)
-  return size * (weights + 2 * c.n_layers * n_kv * held)
+  config = engine.policy.config
+  drawn = (engine.config.chunk + case.n_new) / 2
+  held = drawn + case.n_prompt / case.n_same
+  _, weights, cache = rollout_ours.work(config, case.n_slots, held)
+  share = jnp.dtype(config.dtype).itemsize / 4  # those are of float32
+  return share * case.n_slots * (weights + cache)
 
 
 def copy_bandwidth(n_bytes: int) -> float:

@@ -269,18 +269,11 @@ def row_6(bench: Bench) -> Iterator[common.Row]:
 def decode_side(engine: engine_lib.Engine, n_prompt: int, n_new: int) -> Side:
   """Our engine after its first chunk: all slots are full, nothing is fed."""
 
-  def rest() -> int:
-    n = 0
-    while drawn := engine.decode():
-      n += sum(len(chunk.tokens) for chunk in drawn.values())
-      engine.release([h for h, chunk in drawn.items() if chunk.is_stopped])
-    return n
-
   def run() -> rollout_peers.Took:
     prompts = rollout_work.prompts(SLOTS, n_prompt)
     engine.submit(rollout_ours.requests(prompts, [n_new] * SLOTS))
     engine.decode()
-    took = rollout_peers.clock(rest)
+    took = rollout_peers.clock(lambda: rollout_ours.finish(engine))
     if took.n != SLOTS * (n_new - engine.config.chunk):
       raise RuntimeError(f"{took.n} tokens were drawn")
     return took

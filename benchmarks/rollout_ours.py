@@ -77,6 +77,15 @@ def requests(
   ]
 
 
+def finish(engine: engine_lib.Engine) -> int:
+  """Draws all that is under way to its end; returns how many tokens."""
+  n = 0
+  while drawn := engine.decode():
+    n += sum(len(chunk.tokens) for chunk in drawn.values())
+    engine.release([h for h, chunk in drawn.items() if chunk.is_stopped])
+  return n
+
+
 def draw(
   engine: engine_lib.Engine,
   prompts: Sequence[list[int]],

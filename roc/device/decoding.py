@@ -64,6 +64,13 @@ class Programs:
     self._policy = policy
     self._config = config
     self._stop_ids = tuple(stop_ids)
+    self._sample = functools.partial(
+      sampling.sample,
+      temperature=config.temperature,
+      top_k=config.top_k,
+      top_p=config.top_p,
+      min_p=config.min_p,
+    )
     self.feed = jax.jit(self._feed_fn, donate_argnums=1)
     self.draw = jax.jit(self._draw_fn, donate_argnums=1)
     # Functions of their own: jit shares its cache between wrappers of one.
@@ -99,13 +106,6 @@ class Programs:
     T = c.chunk
     unembed_DV = self._policy.unembedding(params)
     stop_ids = jnp.array(self._stop_ids, jnp.int32)
-    draw = functools.partial(
-      sampling.sample,
-      temperature=c.temperature,
-      top_k=c.top_k,
-      top_p=c.top_p,
-      min_p=c.min_p,
-    )
     n_start = jnp.sum(rows.budget_S > 0)
     # Position in the rollout: what is cached, plus the pending token. A row
     # that draws at step t has drawn at every step before.
@@ -135,7 +135,7 @@ class Programs:
       )
       logits_SV = (hidden_S1D[:, 0] @ unembed_DV).astype(jnp.float32)
       u_S = jax.lax.dynamic_index_in_dim(u_ST, t, 1, keepdims=False)
-      token_S, *logps = draw(logits_SV, u_S)
+      token_S, *logps = self._sample(logits_SV, u_S)
       # One that is not finite makes the normaliser, so every log-prob, so too.
       is_broken_S = is_live_S & ~jnp.isfinite(logps[1])
       is_drawn_S = is_live_S & ~is_broken_S

@@ -103,7 +103,7 @@ def ints(mesh, *shape):
   return on(mesh, jax.ShapeDtypeStruct(shape, jnp.int32))
 
 
-def no_second_pool(memory):
+def assert_no_second_pool(memory):
   """The pool is updated in place: it comes out where it went in."""
   assert memory.alias_size_in_bytes >= POOL_BYTES
   assert memory.temp_size_in_bytes < POOL_BYTES / 4
@@ -123,7 +123,7 @@ def test_drawing_compiles(devices):
   )
   print(report(memory))
   assert KERNEL in compiled.as_text()
-  no_second_pool(memory)
+  assert_no_second_pool(memory)
 
 
 def test_feeding_compiles(devices):
@@ -139,7 +139,7 @@ def test_feeding_compiles(devices):
   )
   print(report(memory))
   assert KERNEL in compiled.as_text()
-  no_second_pool(memory)
+  assert_no_second_pool(memory)
 
 
 def test_copying_and_clearing_compile(devices):
@@ -152,7 +152,7 @@ def test_copying_and_clearing_compile(devices):
   ):
     _, memory = compile_for(mesh, jitted, pool, *args)
     print(report(memory))
-    no_second_pool(memory)
+    assert_no_second_pool(memory)
 
 
 def test_the_update_compiles(devices):

@@ -147,7 +147,7 @@ def rewrite(folder, change):
   safetensors.numpy.save_file(tensors, path)
 
 
-def refused(folder, sentence):
+def assert_refused(folder, sentence):
   with pytest.raises(errors.UserError, match=sentence) as caught:
     load(folder)
   assert str(folder) in str(caught.value)
@@ -157,18 +157,18 @@ def refused(folder, sentence):
 def test_missing_tensors_are_named(folder):
   names = [f"model.layers.{i}.self_attn.q_norm.weight" for i in range(3)]
   rewrite(folder, lambda tensors: [tensors.pop(name) for name in names])
-  refused(folder, f"lacks {names[0]}, {names[1]}, {names[2]}$")
+  assert_refused(folder, f"lacks {names[0]}, {names[1]}, {names[2]}$")
 
 
 def test_many_missing_tensors_are_counted(folder):
   rewrite(folder, lambda tensors: [tensors.pop(n) for n in list(tensors)[5:]])
-  refused(folder, "lacks .* and 25 more")
+  assert_refused(folder, "lacks .* and 25 more")
 
 
 def test_tensors_that_are_left_over_are_named(folder):
   extra = np.zeros(3, np.float32)
   rewrite(folder, lambda tensors: tensors.update({"visual.patch": extra}))
-  refused(folder, "no place for, visual.patch")
+  assert_refused(folder, "no place for, visual.patch")
 
 
 def test_a_head_beside_a_tied_one_is_no_fault(folder):
@@ -177,8 +177,11 @@ def test_a_head_beside_a_tied_one_is_no_fault(folder):
     "lm_head.weight": np.zeros((96, 32), np.float32),
     "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
   }
+  _, plain = load(folder)
   rewrite(folder, lambda tensors: tensors.update(extra))
-  load(folder)
+  _, params = load(folder)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  assert "head" not in params
 
 
 def test_a_tensor_of_another_shape_is_named(folder):
@@ -186,25 +189,25 @@ def test_a_tensor_of_another_shape_is_named(folder):
   rewrite(
     folder, lambda tensors: tensors.update({name: tensors[name].T.copy()})
   )
-  refused(folder, rf"{name} is of shape \(32, 56\).*says \(56, 32\)")
+  assert_refused(folder, rf"{name} is of shape \(32, 56\).*says \(56, 32\)")
 
 
 @pytest.mark.parametrize("n_bytes", [0, 5, 3_000, 100_000])
 def test_files_that_are_cut_off(folder, n_bytes):
   path = folder / "model.safetensors"
   path.write_bytes(path.read_bytes()[:n_bytes])
-  refused(folder, "model.safetensors is no whole safetensors file")
+  assert_refused(folder, "model.safetensors is no whole safetensors file")
 
 
 def test_files_that_are_missing(folder):
   (folder / "model.safetensors").unlink()
-  refused(folder, "holds neither model.safetensors nor")
+  assert_refused(folder, "holds neither model.safetensors nor")
   index = folder / weights.INDEX_FILE
   index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-  refused(folder, "model-1.safetensors is missing")
+  assert_refused(folder, "model-1.safetensors is missing")
   for text in ("{", "[]", "{}", '{"weight_map": 3}'):
     index.write_text(text)
-    refused(folder, "is no index of safetensors")
+    assert_refused(folder, "is no index of safetensors")
 
 
 def test_exports_do_not_overwrite(folder):
