@@ -7,14 +7,19 @@ that token is the tag: the same characters spelt out are text.
 
 Policy, one row a case (`tests/host/calls_test.py` holds the same table):
 
+  tag inside a string of the call's JSON               text: the call ends at
+                                                       the closing tag at which
+                                                       it is JSON
   opened, never closed; opened again before closing    rejected: unclosed
   body is no JSON object                               rejected: bad JSON
-  special token inside the body                        rejected: bad JSON
   no name, another name                                rejected: unknown tool
   missing, unknown or non-string argument              rejected: bad arguments
   arguments given as a string that holds JSON          accepted
+  no line break behind the opening tag                 accepted
   closing tag alone                                    plain text
   several calls                                        all run, in that order
+  a malformed call beside good ones                    it is rejected, they run
+  a call inside the reasoning                          runs like any other
   more than `max_calls` in one turn                    the last that fits is
                                                        rejected: too many calls,
                                                        the rest fall away
@@ -23,17 +28,21 @@ Policy, one row a case (`tests/host/calls_test.py` holds the same table):
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from roc.host import rewards
 from roc.host import tokenizer as tokenizer_lib
 
 # A turn asks for at most this many calls, so that the C axis has a bound.
 MAX_CALLS_PER_TURN = 4
+# Tags behind a call's first one among which its end is looked for, so that a
+# turn of nothing but tags is read in time.
+_NEAR = 16
 
 _TAGS = (
   tokenizer_lib.CALL_OPEN,
@@ -105,11 +114,13 @@ class ParsedTurn:
     calls: calls in the order written, malformed ones included.
     answers: content of `\boxed{}` of each well-formed answer, in order.
     is_void: the turn holds neither a closed call nor an answer.
+    content: its text without the calls.
   """
 
   calls: tuple[ToolCall, ...]
   answers: tuple[str, ...]
   is_void: bool
+  content: str = ""
 
   @property
   def n_answers(self) -> int:
@@ -137,80 +148,130 @@ def parse_turn(
   Returns:
     The turn by the policy table at the module's head; an empty turn is void.
   """
-  reader = _TurnReader(tool)
-  for tag, text, is_special in _lex(ids, tokenizer):
-    reader.feed(tag, text, is_special)
-  reader.finish()
+  return _parse(list(_lex(ids, tokenizer)), tool, max_calls)
+
+
+def parse_text(
+  text: str, *, tool: ToolSpec | None = None, max_calls: int | None = None
+) -> ParsedTurn:
+  """Reads the calls and answers of a turn that is only known as text.
+
+  Args:
+    text: of the turn; every tag in it counts, as nothing says which were
+      tokens.
+    tool: the one tool that there is; None: any name and any arguments.
+    max_calls: calls that may be asked for in one turn; None: no limit.
+  """
+  pattern = "|".join(map(re.escape, _TAGS))
+  pieces = [
+    _Piece(piece if piece in _TAGS else None, piece, False)
+    for piece in _split(pattern, text)
+  ]
+  return _parse(pieces, tool, max_calls)
+
+
+class _Piece(NamedTuple):
+  """A tag, or a run of text (`tag` is None)."""
+
+  tag: str | None
+  text: str
+  is_special: bool
+
+
+def _parse(
+  pieces: Sequence[_Piece], tool: ToolSpec | None, max_calls: int | None
+) -> ParsedTurn:
+  found: list[ToolCall] = []
+  answers: list[str] = []
+  content: list[str] = []
+  n_closed = at = 0
+  while at < len(pieces):
+    piece = pieces[at]
+    if piece.tag == tokenizer_lib.CALL_OPEN:
+      end = _call_end(pieces, at)
+      raw = _text(pieces[at + 1 : end.at]).strip()
+      if end.is_closed:
+        n_closed += 1
+        found.append(read_call(raw, tool))
+      else:
+        found.append(_rejected(raw, "unclosed", "there is no closing tag"))
+      at = end.at + end.is_closed
+      continue
+    if piece.tag == tokenizer_lib.ANSWER_OPEN:
+      answers += _answer_from(pieces, at)
+    content.append(piece.text)
+    at += 1
+  if max_calls is not None:
+    found = limit(found, max_calls)
   return ParsedTurn(
-    calls=tuple(limit(reader.calls, max_calls)),
-    answers=tuple(reader.answers),
-    is_void=not reader.n_closed_calls and not reader.answers,
+    calls=tuple(found),
+    answers=tuple(answers),
+    is_void=not n_closed and not answers,
+    content="".join(content).strip(),
   )
 
 
-class _TurnReader:
-  """The parser's state: which block is open and what it holds so far."""
+class _End(NamedTuple):
+  """The piece that ends a call; where nothing closes it, what follows it."""
 
-  def __init__(self, tool: ToolSpec):
-    self.calls: list[ToolCall] = []
-    self.answers: list[str] = []
-    self.n_closed_calls = 0
-    self._tool = tool
-    self._opened_by: str | None = None
-    self._texts: list[str] = []
-    self._is_clean = True
-
-  def feed(self, tag: str | None, text: str, is_special: bool) -> None:
-    """Takes the next tag, or a run of text (`tag` is None)."""
-    in_call = self._opened_by == tokenizer_lib.CALL_OPEN
-    in_answer = self._opened_by == tokenizer_lib.ANSWER_OPEN
-    if tag == tokenizer_lib.CALL_OPEN:
-      self.finish()
-      self._open(tag)
-    elif tag == tokenizer_lib.ANSWER_OPEN and not in_call:
-      self._open(tag)
-    elif tag == tokenizer_lib.CALL_CLOSE and in_call:
-      self.n_closed_calls += 1
-      self._add_call(is_closed=True)
-    elif tag == tokenizer_lib.ANSWER_CLOSE and in_answer:
-      answer = rewards.extract_boxed("".join(self._texts))
-      if self._is_clean and answer is not None:
-        self.answers.append(answer)
-      self._opened_by = None
-    else:
-      self._texts.append(text)
-      self._is_clean = self._is_clean and not is_special
-
-  def finish(self) -> None:
-    """Ends the block that is open, if any; an open call is malformed."""
-    if self._opened_by == tokenizer_lib.CALL_OPEN:
-      self._add_call(is_closed=False)
-    self._opened_by = None
-
-  def _open(self, tag: str) -> None:
-    self._opened_by = tag
-    self._texts = []
-    self._is_clean = True
-
-  def _add_call(self, is_closed: bool) -> None:
-    raw = "".join(self._texts).strip()
-    if not is_closed:
-      call = _rejected(raw, "unclosed", "there is no closing tag")
-    elif not self._is_clean:
-      call = _rejected(raw, "bad JSON", "a tag stands inside the call")
-    else:
-      call = read_call(raw, self._tool)
-    self.calls.append(call)
-    self._opened_by = None
+  at: int
+  is_closed: bool
 
 
-def read_call(raw: str, tool: ToolSpec = PYTHON) -> ToolCall:
+def _call_end(pieces: Sequence[_Piece], start: int) -> _End:
+  """Where the call opened at `start` ends, by the policy above."""
+  tags = itertools.islice(
+    (
+      i
+      for i in range(start + 1, len(pieces))
+      if pieces[i].tag in (tokenizer_lib.CALL_OPEN, tokenizer_lib.CALL_CLOSE)
+    ),
+    _NEAR,
+  )
+  first = None
+  for i in tags:
+    first = i if first is None else first
+    is_close = pieces[i].tag == tokenizer_lib.CALL_CLOSE
+    if is_close and _is_json(_text(pieces[start + 1 : i])):
+      return _End(i, True)
+  if first is None:
+    return _End(len(pieces), False)
+  return _End(first, pieces[first].tag == tokenizer_lib.CALL_CLOSE)
+
+
+def _answer_from(pieces: Sequence[_Piece], start: int) -> list[str]:
+  """The answer opened at `start`, if it is well-formed, else nothing."""
+  for i in range(start + 1, len(pieces)):
+    tag = pieces[i].tag
+    if tag in (tokenizer_lib.CALL_OPEN, tokenizer_lib.ANSWER_OPEN):
+      return []
+    if tag == tokenizer_lib.ANSWER_CLOSE:
+      answer = rewards.extract_boxed(_text(pieces[start + 1 : i]))
+      return [] if answer is None else [answer]
+    if pieces[i].is_special:
+      return []
+  return []
+
+
+def _text(pieces: Sequence[_Piece]) -> str:
+  return "".join(piece.text for piece in pieces)
+
+
+def _is_json(text: str) -> bool:
+  try:
+    json.loads(text)
+  except (ValueError, RecursionError):
+    return False
+  return True
+
+
+def read_call(raw: str, tool: ToolSpec | None = PYTHON) -> ToolCall:
   """Reads the text between a call's tags.
 
   Args:
     raw: JSON with `name` and `arguments`; arguments may themselves be a string
       that holds JSON.
-    tool: the one tool that there is.
+    tool: the one tool that there is; None: any, with any arguments.
 
   Returns:
     The call; `error` says what is wrong with it, if anything is.
@@ -226,6 +287,13 @@ def read_call(raw: str, tool: ToolSpec = PYTHON) -> ToolCall:
   except (ValueError, RecursionError) as error:
     return _rejected(raw, "bad JSON", str(error))
   name = body.get("name")
+  if tool is None:
+    if not isinstance(name, str) or not name:
+      return _rejected(raw, "unknown tool", "the call needs a name")
+    if not isinstance(arguments, dict) or "arguments" not in body:
+      detail = "`arguments` must be an object"
+      return _rejected(raw, "bad arguments", detail, name)
+    return ToolCall(name=name, arguments=arguments, raw=raw)
   if name != tool.name:
     return _rejected(raw, "unknown tool", f"use {tool.name!r}", str(name))
   if not isinstance(arguments, dict) or not tool.accepts(set(arguments)):
@@ -255,8 +323,8 @@ def limit(calls: Sequence[ToolCall], max_calls: int) -> list[ToolCall]:
 
 def _lex(
   ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
-) -> Iterator[tuple[str | None, str, bool]]:
-  """Yields (tag or None, text, is_special) for tags and runs of text."""
+) -> Iterator[_Piece]:
+  """Cuts ids at tags and at special tokens."""
   spelt = [tag for tag in _TAGS if tag not in tokenizer.special_ids]
   pattern = "|".join(re.escape(tag) for tag in spelt)
   run: list[int] = []
@@ -266,10 +334,10 @@ def _lex(
       run.append(index)
       continue
     for text in _split(pattern, tokenizer.decode(run)):
-      yield (text if text in spelt else None), text, False
+      yield _Piece(text if text in spelt else None, text, False)
     run = []
     if special is not None:
-      yield special, special, True
+      yield _Piece(special, special, True)
 
 
 def _split(pattern: str, text: str) -> list[str]:

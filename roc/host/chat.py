@@ -13,6 +13,7 @@ between a tag and its neighbour (the quickstart, where each token is time);
   qwen     <|im_start|>user\\nQ<|im_end|>\\n<|im_start|>assistant\\n
 """
 
+import abc
 from collections.abc import Callable, Sequence
 
 from roc import layout
@@ -20,33 +21,91 @@ from roc.host import tokenizer as tokenizer_lib
 
 STYLES = ("compact", "qwen")
 
+THINK_OPEN = "<think>"
+THINK_CLOSE = "</think>"
+# Tags that a model may write; all others are the template's.
+MODEL_TAGS = (
+  *(tokenizer_lib.CALL_OPEN, tokenizer_lib.CALL_CLOSE),
+  *(tokenizer_lib.ANSWER_OPEN, tokenizer_lib.ANSWER_CLOSE),
+  *(tokenizer_lib.REASON_OPEN, tokenizer_lib.REASON_CLOSE),
+  *(THINK_OPEN, THINK_CLOSE),
+)
 
-class ChatFormat:
-  """Token ids of prompts, tool answers and stop tokens for one tokenizer.
+
+class Chat(abc.ABC):
+  """A format of conversations: what the agent loop and training need of it.
 
   Args:
-    tokenizer: should hold the turn tags as special tokens. A tag that is none
-      is spelt out, and where it ends a turn `find_stop` has to look for it.
-    style: `compact` or `qwen`, see the module's head.
+    tokenizer: should hold the tags as special tokens. A tag that is none is
+      spelt out, and where it ends a turn `find_stop` has to look for it.
+    turn_end: the tag that ends a turn of the model.
   """
 
   def __init__(
-    self, tokenizer: tokenizer_lib.Tokenizer, style: str = "compact"
+    self,
+    tokenizer: tokenizer_lib.Tokenizer,
+    turn_end: str = tokenizer_lib.TURN_END,
   ):
-    if style not in STYLES:
-      raise ValueError(
-        f"chat style {style!r} is unknown; choose one of {', '.join(STYLES)}"
-      )
     self.tokenizer = tokenizer
-    self.style = style
-    self._gap = tokenizer.encode("\n") if style == "qwen" else []
-    self._header = self._turn_open("assistant\n")
+    self._turn_end = turn_end
+
+  @abc.abstractmethod
+  def prompt_ids(self, question: str, system: str = "") -> list[int]:
+    """Ids of the prompt, the header of the model's first turn included.
+
+    Args:
+      question: the user's text; tags in it are encoded as plain characters.
+      system: text of the system turn; no such turn when empty.
+
+    Returns:
+      Ids, all of role `PROMPT`.
+    """
+
+  @abc.abstractmethod
+  def tool_suffix(self, results: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What follows a turn of the model that called tools.
+
+    A block for each call, in order, then the header of the model's next turn.
+    The model's own end-of-turn tag is not part of it: the model sampled that.
+
+    Args:
+      results: one text for each call; tags in it are plain characters.
+
+    Returns:
+      ids: tokens to append.
+      roles: `Role.TOOL` for the results' text, `Role.TEMPLATE` for the rest.
+
+    Raises:
+      ValueError: there is no result, so there is nothing to answer.
+    """
+
+  @abc.abstractmethod
+  def user_suffix(self, text: str) -> tuple[list[int], list[int]]:
+    """What follows a turn of the model when the user speaks again.
+
+    Args:
+      text: the user's; tags in it are plain characters.
+
+    Returns:
+      ids: tokens to append, the header of the model's next turn included.
+      roles: `Role.TEMPLATE` for all of them.
+    """
+
+  def assistant_ids(self, text: str) -> list[int]:
+    """A turn that the model is to learn, its end included.
+
+    Args:
+      text: what the model writes, with the tags of `MODEL_TAGS`; any others are
+        plain characters.
+    """
+    ids = self.tokenizer.encode_trusted(text, MODEL_TAGS)
+    return ids + self.turn_end_ids
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
     """Ids that end the model's turn: end of turn, end of text."""
     ids = self.tokenizer.special_ids
-    tags = (tokenizer_lib.TURN_END, tokenizer_lib.END_OF_TEXT)
+    tags = (self._turn_end, tokenizer_lib.END_OF_TEXT)
     return tuple(ids[tag] for tag in tags if tag in ids)
 
   @property
@@ -56,7 +115,7 @@ class ChatFormat:
     The function takes the ids of a turn so far and returns how many of them
     the turn has, its spelt end included, or None while it goes on.
     """
-    if tokenizer_lib.TURN_END in self.tokenizer.special_ids:
+    if self._turn_end in self.tokenizer.special_ids:
       return None
 
     def find(ids: Sequence[int]) -> int | None:
@@ -81,7 +140,7 @@ class ChatFormat:
     return self.find_stop is not None and self._has_turn_end(ids)
 
   def _has_turn_end(self, ids: Sequence[int]) -> bool:
-    return tokenizer_lib.TURN_END in self.tokenizer.decode(ids)
+    return self._turn_end in self.tokenizer.decode(ids)
 
   @property
   def pad_id(self) -> int:
@@ -94,60 +153,12 @@ class ChatFormat:
   @property
   def turn_end_id(self) -> int:
     """Id of the tag that closes a turn."""
-    return self.tokenizer.special_id(tokenizer_lib.TURN_END)
+    return self.tokenizer.special_id(self._turn_end)
 
-  def prompt_ids(self, question: str, system: str = "") -> list[int]:
-    """Ids of the prompt, the header of the model's first turn included.
-
-    Args:
-      question: the user's text; tags in it are encoded as plain characters.
-      system: text of the system turn; no such turn when empty.
-
-    Returns:
-      Ids, all of role `PROMPT`.
-    """
-    ids = []
-    if system:
-      ids += self._turn_open("system\n" + system) + self._turn_close()
-    ids += self._turn_open("user\n" + question) + self._turn_close()
-    return ids + self._header
-
-  def tool_suffix(self, results: Sequence[str]) -> tuple[list[int], list[int]]:
-    """What follows a turn of the model that called tools.
-
-    One user turn with a `<tool_response>` block for each call, in order, then
-    the header of the model's next turn. The model's own end-of-turn tag is not
-    part of it: the model sampled that.
-
-    Args:
-      results: one text for each call; tags in it are plain characters.
-
-    Returns:
-      ids: tokens to append.
-      roles: `Role.TOOL` for the results' text, `Role.TEMPLATE` for the rest.
-
-    Raises:
-      ValueError: there is no result, so there is nothing to answer.
-    """
-    if not results:
-      raise ValueError("tool_suffix needs the result of at least one call")
-    newline = "\n" if self.style == "qwen" else ""
-    ids = self._gap + self._turn_open("user\n")
-    roles = [layout.Role.TEMPLATE] * len(ids)
-    for index, text in enumerate(results):
-      if index and newline:
-        ids += self._gap
-        roles += [layout.Role.TEMPLATE] * len(self._gap)
-      body = self.tokenizer.encode(newline + text + newline)
-      for piece, role in (
-        (self._tag(tokenizer_lib.RESPONSE_OPEN), layout.Role.TEMPLATE),
-        (body, layout.Role.TOOL),
-        (self._tag(tokenizer_lib.RESPONSE_CLOSE), layout.Role.TEMPLATE),
-      ):
-        ids += piece
-        roles += [role] * len(piece)
-    tail = self._turn_close() + self._header
-    return ids + tail, [int(r) for r in roles] + _template_roles(tail)
+  @property
+  def turn_end_ids(self) -> list[int]:
+    """The tag that closes a turn, spelt out where it is no token."""
+    return self._tag(self._turn_end)
 
   def answer_prefix_ids(self) -> list[int]:
     r"""`<answer>\boxed{`: forces an answer from the head, with no tool."""
@@ -175,6 +186,63 @@ class ChatFormat:
     """A tag as its one special id, or spelt out where it is no token."""
     specials = self.tokenizer.special_ids
     return [specials[text]] if text in specials else self.tokenizer.encode(text)
+
+
+class ChatFormat(Chat):
+  """ChatML with the tags of Hermes, in a style of our own.
+
+  Args:
+    tokenizer: see `Chat`.
+    style: `compact` or `qwen`, see the module's head.
+  """
+
+  def __init__(
+    self, tokenizer: tokenizer_lib.Tokenizer, style: str = "compact"
+  ):
+    if style not in STYLES:
+      raise ValueError(
+        f"chat style {style!r} is unknown; choose one of {', '.join(STYLES)}"
+      )
+    super().__init__(tokenizer)
+    self.style = style
+    self._gap = tokenizer.encode("\n") if style == "qwen" else []
+    self._header = self._turn_open("assistant\n")
+
+  def prompt_ids(self, question: str, system: str = "") -> list[int]:
+    """See `Chat.prompt_ids`."""
+    ids = []
+    if system:
+      ids += self._turn_open("system\n" + system) + self._turn_close()
+    ids += self._turn_open("user\n" + question) + self._turn_close()
+    return ids + self._header
+
+  def tool_suffix(self, results: Sequence[str]) -> tuple[list[int], list[int]]:
+    """See `Chat.tool_suffix`: one user turn, a block for each result."""
+    if not results:
+      raise ValueError("tool_suffix needs the result of at least one call")
+    newline = "\n" if self.style == "qwen" else ""
+    ids = self._gap + self._turn_open("user\n")
+    roles = [layout.Role.TEMPLATE] * len(ids)
+    for index, text in enumerate(results):
+      if index and newline:
+        ids += self._gap
+        roles += [layout.Role.TEMPLATE] * len(self._gap)
+      body = self.tokenizer.encode(newline + text + newline)
+      for piece, role in (
+        (self._tag(tokenizer_lib.RESPONSE_OPEN), layout.Role.TEMPLATE),
+        (body, layout.Role.TOOL),
+        (self._tag(tokenizer_lib.RESPONSE_CLOSE), layout.Role.TEMPLATE),
+      ):
+        ids += piece
+        roles += [role] * len(piece)
+    tail = self._turn_close() + self._header
+    return ids + tail, [int(r) for r in roles] + _template_roles(tail)
+
+  def user_suffix(self, text: str) -> tuple[list[int], list[int]]:
+    """See `Chat.user_suffix`."""
+    ids = self._gap + self._turn_open("user\n" + text) + self._turn_close()
+    ids += self._header
+    return ids, _template_roles(ids)
 
   def _turn_open(self, text: str) -> list[int]:
     return [

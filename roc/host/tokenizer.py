@@ -9,11 +9,13 @@ our own templates and by the policy.
 and the strings that the arithmetic task repeats.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -128,17 +130,39 @@ QUICKSTART_STRINGS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """What a published folder says of its tokenizer beside the vocabulary.
+
+  Attributes:
+    templates: Jinja text of each chat template by its name; most folders have
+      one, `default`.
+    named_tokens: text of `bos_token`, `eos_token` and the like.
+    eos_ids: ids at which generation ends (generation_config.json).
+  """
+
+  templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  named_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  eos_ids: tuple[int, ...] = ()
+
+
 class Tokenizer:
   """A `tokenizers` tokenizer whose tags cannot be forged by text.
 
   Args:
     backend: any tokenizer of the `tokenizers` library. Added tokens that look
-      like tags (`SPECIALS`) are treated as special even where its file does not
-      mark them so (Qwen's `<tool_call>`).
+      like tags are treated as special even where its file does not mark them so
+      (Qwen's `<tool_call>` and `<think>`).
+    published: what its folder says beside the vocabulary, if it has one.
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer):
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    published: Published | None = None,
+  ):
     self._backend = _mark_tags_special(backend)
+    self.published = published or Published()
     self._backend.encode_special_tokens = True
     self._backend.no_padding()
     self._backend.no_truncation()
@@ -160,8 +184,11 @@ class Tokenizer:
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """16 hex digits that change when any id or rule of encoding changes."""
-    canonical = json.dumps(json.loads(self._backend.to_str()), sort_keys=True)
+    """16 hex digits that change with any id, rule of encoding or template."""
+    rules = json.loads(self._backend.to_str())
+    if self.published.templates:
+      rules["chat_templates"] = dict(self.published.templates)
+    canonical = json.dumps(rules, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
   def special_id(self, text: str) -> int:
@@ -196,6 +223,38 @@ class Tokenizer:
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return self._backend.encode(clean, add_special_tokens=False).ids
 
+  def encode_trusted(
+    self, text: str, tags: Collection[str] | None = None
+  ) -> list[int]:
+    """Ids of text of our own, in which a tag is its one special id.
+
+    Args:
+      text: nothing that a dataset, a tool or a policy wrote.
+      tags: special tokens to look for; by default all of them.
+    """
+    ids = []
+    for tag, piece in self.split_tags(text, tags):
+      ids += self.encode(piece) if tag is None else [self._special_ids[tag]]
+    return ids
+
+  def split_tags(
+    self, text: str, tags: Collection[str] | None = None
+  ) -> list[tuple[str | None, str]]:
+    """Cuts text at special tokens: pairs of (tag or None, text)."""
+    if tags is None:
+      pattern = self._tag_pattern
+    else:
+      pattern = _alternatives(t for t in tags if t in self._special_ids)
+    pairs = []
+    for i, piece in enumerate(pattern.split(text)):
+      if piece:
+        pairs.append((piece if i % 2 else None, piece))
+    return pairs
+
+  @functools.cached_property
+  def _tag_pattern(self) -> re.Pattern[str]:
+    return _alternatives(self._special_ids)
+
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids, special tokens spelt out; broken UTF-8 shows as U+FFFD.
 
@@ -216,8 +275,10 @@ class Tokenizer:
     )
 
   @classmethod
-  def load(cls, path: str | pathlib.Path) -> "Tokenizer":
-    """Reads a `tokenizer.json`.
+  def load(
+    cls, path: str | pathlib.Path, published: Published | None = None
+  ) -> "Tokenizer":
+    """Reads a `tokenizer.json`; `pretrained.load_tokenizer` a whole folder.
 
     Raises:
       ValueError: the file is missing or is no tokenizer.
@@ -232,7 +293,7 @@ class Tokenizer:
       raise ValueError(
         f"{path} is not a tokenizer.json of the tokenizers library: {error}"
       ) from error
-    return cls(backend)
+    return cls(backend, published)
 
 
 def quickstart_tokenizer() -> Tokenizer:
@@ -241,7 +302,7 @@ def quickstart_tokenizer() -> Tokenizer:
   Numbers are spelt digit by digit, so that a small model can copy them.
   Between the strings the longest match from the left wins.
   """
-  texts = [*SPECIALS, *_byte_names(), *QUICKSTART_STRINGS]
+  texts = [*SPECIALS, *byte_names(), *QUICKSTART_STRINGS]
   vocab = {text: index for index, text in enumerate(texts)}
   backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(
@@ -262,7 +323,7 @@ def _added(
   ]
 
 
-def _byte_names() -> list[str]:
+def byte_names() -> list[str]:
   """The printable character by which byte-level vocabularies name each byte.
 
   GPT-2's table: printable Latin-1 bytes are themselves, the others are numbered
@@ -280,10 +341,30 @@ def _byte_names() -> list[str]:
   return names
 
 
+_TAG = re.compile(r"<[^\s<>]+>")
+
+
 def _mark_tags_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """A copy in which every added token named in `SPECIALS` is special."""
-  state = json.loads(backend.to_str())
-  for token in state.get("added_tokens", []):
-    if token["content"] in SPECIALS:
-      token["special"] = True
-  return tokenizers.Tokenizer.from_str(json.dumps(state))
+  """A copy in which every added token that looks like a tag is special."""
+  copy = tokenizers.Tokenizer.from_str(backend.to_str())
+  copy.add_special_tokens(
+    [
+      tokenizers.AddedToken(
+        token.content,
+        special=True,
+        normalized=False,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        single_word=token.single_word,
+      )
+      for token in copy.get_added_tokens_decoder().values()
+      if not token.special and _TAG.fullmatch(token.content)
+    ]
+  )
+  return copy
+
+
+def _alternatives(texts: Iterable[str]) -> re.Pattern[str]:
+  """Finds any of some texts, the longest where several fit; none: nothing."""
+  longest_first = sorted(texts, key=len, reverse=True)
+  return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 
@@ -46,10 +47,43 @@ POLICY = [
   (
     '<tool_call>{"name": "python", "arguments": {"code": "<answer>"}}'
     "</tool_call>",
-    ["bad JSON"],
+    [None],
     [],
     False,
   ),
+  (
+    '<tool_call>{"name": "python", "arguments": {"code": "</tool_call>"}}'
+    "</tool_call>",
+    [None],
+    [],
+    False,
+  ),
+  (
+    '<tool_call>{"name": "python", "arguments": {"code": "<tool_call>"}}'
+    "</tool_call>",
+    [None],
+    [],
+    False,
+  ),
+  (
+    f'<tool_call>{{"name": "python</tool_call><tool_call>{GOOD}</tool_call>',
+    ["bad JSON", None],
+    [],
+    False,
+  ),
+  (
+    f"<tool_call>{{oops}}</tool_call><tool_call>{GOOD}</tool_call>",
+    ["bad JSON", None],
+    [],
+    False,
+  ),
+  (
+    f"<think>Maybe <tool_call>{GOOD}</tool_call></think>",
+    [None],
+    [],
+    False,
+  ),
+  ("<tool_call>" + "</tool_call>" * 99, ["bad JSON"], [], False),
   (
     '<tool_call>{"name": "bash", "arguments": {"code": "1"}}</tool_call>',
     ["unknown tool"],
@@ -190,3 +224,67 @@ def test_tool_name_is_selectable(tokenizer):
   ids = _ids(tokenizer, f"<tool_call>{GOOD}</tool_call>")
   (call,) = calls.parse_turn(ids, tokenizer, tool=calls.ToolSpec("run")).calls
   assert (call.error, call.name) == ("unknown tool", "python")
+
+
+def test_text_is_read_as_ids_are(tokenizer):
+  """Where no tag is spelt out, text and ids say the same."""
+  for text, errors, answers, is_void in POLICY:
+    turn = calls.parse_text(text, tool=calls.PYTHON, max_calls=4)
+    assert [call.error for call in turn.calls] == errors, text
+    if "<reason>" not in text and "<answer></tool_call>" not in text:
+      assert list(turn.answers) == answers, text
+      assert turn.is_void == is_void, text
+
+
+@pytest.mark.parametrize(
+  ("text", "content", "found"),
+  [
+    ("Hello.", "Hello.", []),
+    (
+      'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": [1]}}\n'
+      "</tool_call>",
+      "Let me see.",
+      [("f", {"a": [1]}, None)],
+    ),
+    (
+      '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>then',
+      "then",
+      [("f", {"a": 1}, None)],
+    ),
+    ('a<tool_call>{"name": "f"}</tool_call>b', "ab", [("f", {}, "bad arg")]),
+    ('<tool_call>{"arguments": {}}</tool_call>', "", [("", {}, "unknown")]),
+    ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "", [None]),
+    ('<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "", [None]),
+    ('x</tool_call>{"name": "f"}', 'x</tool_call>{"name": "f"}', []),
+    ('a<tool_call>{"name": "f", "arguments": {}}', "a", [("", {}, "unclosed")]),
+  ],
+)
+def test_text_with_any_tools(text, content, found):
+  turn = calls.parse_text(text)
+  assert turn.content == content
+  assert len(turn.calls) == len(found)
+  for call, want in zip(turn.calls, found, strict=True):
+    if want is None:
+      assert call.error is not None
+      continue
+    name, arguments, error = want
+    assert (call.name, dict(call.arguments)) == (name, arguments)
+    assert (call.error or "").startswith(error or "")
+    assert (call.error is None) == (error is None)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "<tool_call>{" + "</tool_call>" * 20,
+    "<tool_call>{",
+    "<tool_call>{</tool_call>",
+    '<tool_call>{"a": "',
+    "<answer>",
+  ],
+)
+def test_a_turn_of_many_tags_is_read_in_time(text):
+  start = time.perf_counter()
+  turn = calls.parse_text(text * 10_000)
+  assert len(turn.calls) == 10_000 * text.count("<tool_call>")
+  assert time.perf_counter() - start < 10

@@ -1,0 +1,334 @@
+"""A published model's own chat template, used only forwards.
+
+Templates are not prefix-preserving: Qwen3's drops the reasoning of old turns
+when a new one comes. So a conversation is never rendered again. The prompt is
+rendered once, and what the template writes behind a turn of the model, when a
+tool or the user answers it, is found once for the template and then appended as
+ids. `TemplateChat` refuses a template for which that is not always the same.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from roc import layout
+from roc.host import chat as chat_lib
+from roc.host import templates
+from roc.host import tokenizer as tokenizer_lib
+
+# Words by which a turn is found again in rendered text. The result holds what
+# JSON would escape, to see whether the template writes it as JSON.
+_TURN = "zqturnqz"
+_USER = "zqquestionqz"
+_RESULT = 'zq"result"\n{}qz'
+
+
+class _Suffix(NamedTuple):
+  """What a template writes around the answers to a turn of the model."""
+
+  head: str
+  between: str
+  tail: str
+  is_json: bool
+
+  def parts(self, texts: Sequence[str]) -> list[tuple[str, bool]]:
+    """Pieces of the text in order, each with whether it is an answer."""
+    pieces = [(self.head, False)]
+    for i, text in enumerate(texts):
+      if i:
+        pieces.append((self.between, False))
+      pieces.append((_as_json(text) if self.is_json else text, True))
+    return [*pieces, (self.tail, False)]
+
+  def text(self, texts: Sequence[str]) -> str:
+    return "".join(piece for piece, _ in self.parts(texts))
+
+
+class TemplateChat(chat_lib.Chat):
+  """Conversations as a Jinja chat template writes them.
+
+  Args:
+    tokenizer: with the template's tags, and often with the template.
+    tools: schemas of the tools that are offered.
+    template: "" for the tokenizer's own, `rstar2`, or a file.
+    system: text of the system turn, where the problem brings none.
+    instruction: text before every question.
+    arguments: other variables of the template, such as
+      `{"enable_thinking": False}`.
+
+  Raises:
+    ValueError: there is no template, or what it writes behind a turn cannot be
+      appended; says why.
+  """
+
+  def __init__(
+    self,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    template: str = "",
+    system: str = "",
+    instruction: str = "",
+    arguments: Mapping[str, Any] | None = None,
+  ):
+    self._template = templates.read(template, tokenizer, has_tools=bool(tools))
+    self._tools = list(tools)
+    self._system = system
+    self._instruction = instruction
+    self._arguments = dict(arguments or {})
+    self._has_calls = False  # whether an answer must follow `tool_calls`
+    super().__init__(tokenizer, self._find_turn_end())
+    self._user = self._find_user_suffix()
+    self._tool = self._find_tool_suffix() if tools else None
+    self._header = self._find_header()
+
+  @property
+  def stop_ids(self) -> tuple[int, ...]:
+    """Ids that end the model's turn: the template's, the folder's, the text's.
+
+    See `tokenizer.Published.eos_ids`.
+    """
+    published = self.tokenizer.published
+    ids = [*super().stop_ids, *published.eos_ids]
+    specials = self.tokenizer.special_ids
+    eos = published.named_tokens.get("eos_token")
+    if eos in specials:
+      ids.append(specials[eos])
+    return tuple(dict.fromkeys(ids))
+
+  @property
+  def pad_id(self) -> int:
+    """Id of padding, as the folder says; else the end of text, or of a turn."""
+    specials = self.tokenizer.special_ids
+    named = self.tokenizer.published.named_tokens.get("pad_token")
+    for tag in (tokenizer_lib.PAD, named, tokenizer_lib.END_OF_TEXT):
+      if tag in specials:
+        return specials[tag]
+    return self.stop_ids[0] if self.stop_ids else 0
+
+  def prompt_ids(self, question: str, system: str = "") -> list[int]:
+    """See `Chat.prompt_ids`; without `system` it is the chat's own."""
+    system = system or self._system
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": self._instruction + question})
+    return self._render(turns, add_generation_prompt=True)[1]
+
+  def tool_suffix(self, results: Sequence[str]) -> tuple[list[int], list[int]]:
+    """See `Chat.tool_suffix`.
+
+    Raises:
+      ValueError: there is no result, or no tool was offered.
+    """
+    if not results:
+      raise ValueError("tool_suffix needs the result of at least one call")
+    if self._tool is None:
+      raise ValueError("a tool answers, and the chat was made without tools")
+    return self._encode(self._tool.parts(results))
+
+  def user_suffix(self, text: str) -> tuple[list[int], list[int]]:
+    """See `Chat.user_suffix`."""
+    ids, roles = self._encode(self._user.parts([text]))
+    return ids, [int(layout.Role.TEMPLATE)] * len(roles)
+
+  def assistant_ids(self, text: str) -> list[int]:
+    """See `Chat.assistant_ids`; what the header opened is not opened again."""
+    for n in range(min(len(text), len(self._header)), 0, -1):
+      opened = self._header[-n:]
+      if text.startswith(opened) and "<" in opened:
+        return super().assistant_ids(text[n:])
+    return super().assistant_ids(text)
+
+  # ------------------------------------------------- what the template does
+
+  def _render(
+    self, turns: Sequence[templates.Message], **arguments: Any
+  ) -> tuple[str, list[int]]:
+    return self._template.render(
+      turns, self._tools, **(self._arguments | arguments)
+    )
+
+  def _histories(self) -> list[list[dict[str, Any]]]:
+    """Conversations that end where the model speaks, short ones and long."""
+    first = {"role": "user", "content": self._instruction + "1?"}
+    turns = (
+      [{"role": "system", "content": self._system}] if self._system else []
+    )
+    short = [*turns, first]
+    talk = [*short, self._model_turn("Yes."), {"role": "user", "content": "2?"}]
+    if not self._tools:
+      return [short, talk]
+    called = [
+      *short,
+      self._model_turn("print(1)", is_call=True),
+      self._answer("1"),
+    ]
+    return [short, talk, called]
+
+  def _model_turn(self, text: str, is_call: bool = False) -> dict[str, Any]:
+    if not is_call or not self._has_calls:
+      return {"role": "assistant", "content": text}
+    function = {
+      "name": self._tools[0]["function"]["name"],
+      "arguments": {"code": text},
+    }
+    call = {"type": "function", "id": "call00000", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+  def _answer(self, text: str) -> dict[str, Any]:
+    name = self._tools[0]["function"]["name"]
+    return {
+      "role": "tool",
+      "content": text,
+      "name": name,
+      "tool_call_id": "call00000",
+    }
+
+  def _behind(
+    self,
+    history: Sequence[dict[str, Any]],
+    answers: Sequence[dict[str, Any]],
+    *,
+    is_call: bool = False,
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """What is written behind a turn of the model that follows a history."""
+    turns = [*history, self._model_turn(_TURN, is_call), *answers]
+    text, _ = self._render(turns, add_generation_prompt=add_generation_prompt)
+    _, found, rest = text.rpartition(_TURN)
+    if not found:
+      raise ValueError("the chat template leaves the model's turns out")
+    return rest
+
+  def _find_turn_end(self) -> str:
+    """The tag that the template closes a turn of the model with."""
+    history = [{"role": "user", "content": "1?"}]
+    rest = self._behind(history, [], add_generation_prompt=False)
+    for tag, _ in self._template.tokenizer.split_tags(rest):
+      if tag is not None:
+        return tag
+    if not rest.strip():
+      raise ValueError(
+        "the chat template writes nothing that ends a turn of the model"
+      )
+    return rest.strip()
+
+  def _after_turn_end(self, rest: str) -> str:
+    _, found, after = rest.partition(self._turn_end)
+    if not found:
+      raise ValueError(
+        "the chat template ends a turn of the model differently when an answer"
+        f" follows: {rest!r} instead of {self._turn_end!r}; it cannot be used"
+        " for turns that follow one another"
+      )
+    return after
+
+  def _find_user_suffix(self) -> _Suffix:
+    answer = {"role": "user", "content": _USER}
+    return self._find_suffix([answer], [_USER], is_call=False)
+
+  def _find_tool_suffix(self) -> _Suffix:
+    """Also for several results; tried without `tool_calls` before, and with."""
+    texts = [_RESULT.format(i) for i in range(3)]
+    answers = [self._answer(text) for text in texts]
+    try:
+      self._behind([self._histories()[0][-1]], answers[:1])
+    except ValueError:
+      self._has_calls = True
+    one = self._find_suffix(answers[:1], texts[:1], is_call=True)
+    short = self._histories()[0]
+    find = lambda n: self._after_turn_end(
+      self._behind(short, answers[:n], is_call=True)
+    )
+    shown = [_as_json(t) if one.is_json else t for t in texts]
+    start, end = one.head + shown[0], shown[1] + one.tail
+    two = find(2)
+    if two.startswith(start) and two.endswith(end):
+      found = one._replace(between=two[len(start) : len(two) - len(end)])
+      if find(3) == found.text(texts):
+        return found
+    raise ValueError(
+      "the chat template writes several results in a way that cannot be put"
+      " together from single ones; set Toolbox and prompts to another template"
+    )
+
+  def _find_suffix(
+    self,
+    answers: Sequence[dict[str, Any]],
+    texts: Sequence[str],
+    *,
+    is_call: bool,
+  ) -> _Suffix:
+    """What stands around one answer, the same behind every history.
+
+    Raises:
+      ValueError: it is not the same, or the answer cannot be found in it.
+    """
+    found = set()
+    for history in self._histories():
+      rest = self._behind(history, answers, is_call=is_call)
+      rest = self._after_turn_end(rest)
+      for is_json, text in ((False, texts[0]), (True, _as_json(texts[0]))):
+        if text in rest:
+          head, _, tail = rest.partition(text)
+          found.add(_Suffix(head, "", tail, is_json))
+          break
+      else:
+        raise ValueError(
+          f"the chat template does not show what a {answers[0]['role']} says;"
+          " use another one, such as rstar2"
+        )
+    if len(found) > 1:
+      raise ValueError(
+        "the chat template is not append-only: what it writes when a"
+        f" {answers[0]['role']} answers depends on the turns before; use"
+        " another one, such as rstar2"
+      )
+    return found.pop()
+
+  def _find_header(self) -> str:
+    """What opens a turn of the model."""
+    history = self._histories()[0]
+    closed, _ = self._render(history, add_generation_prompt=False)
+    opened, _ = self._render(history, add_generation_prompt=True)
+    if not opened.startswith(closed):
+      raise ValueError(
+        "the chat template changes the conversation when the model is to speak;"
+        " use another one, such as rstar2"
+      )
+    return opened[len(closed) :]
+
+  def _encode(
+    self, parts: Sequence[tuple[str, bool]]
+  ) -> tuple[list[int], list[int]]:
+    """Ids and roles; text up to the next tag is encoded in one go."""
+    ids: list[int] = []
+    roles: list[int] = []
+    run, has_answer = "", False
+
+    def add(new: list[int], role: layout.Role) -> None:
+      ids.extend(new)
+      roles.extend([int(role)] * len(new))
+
+    def end_run() -> None:
+      role = layout.Role.TOOL if has_answer else layout.Role.TEMPLATE
+      add(self.tokenizer.encode(run), role)
+
+    for text, is_answer in parts:
+      pieces = (
+        self.tokenizer.split_tags(text) if not is_answer else [(None, text)]
+      )
+      for tag, piece in pieces:
+        if tag is None:
+          run += piece
+          has_answer = has_answer or is_answer
+          continue
+        end_run()
+        run, has_answer = "", False
+        add([self.tokenizer.special_id(tag)], layout.Role.TEMPLATE)
+    end_run()
+    return ids, roles
+
+
+def _as_json(text: str) -> str:
+  """How text stands inside the quotes of JSON."""
+  return json.dumps(text, ensure_ascii=False)[1:-1]
