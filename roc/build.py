@@ -12,7 +12,7 @@ import jax
 import rich.console
 
 from roc import config as config_lib
-from roc import config_checks, errors, rollout, runlog, wiring
+from roc import config_checks, errors, pretrained, rollout, runlog, wiring
 from roc.device import (
   checkpoint,
   engine,
@@ -44,25 +44,36 @@ def use_compilation_cache() -> None:
 def host_parts(cfg: config_lib.Config) -> wiring.HostParts:
   """The host side that the config's gin files and bindings describe."""
   return wiring.build_host(
-    cfg.host.gin_files, cfg.host.gin_bindings, seed=cfg.seed
+    cfg.host.gin_files,
+    cfg.host.gin_bindings,
+    seed=cfg.seed,
+    pretrained=pretrained.folder(cfg) if cfg.pretrained else None,
   )
 
 
 def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
   """The policy, its vocabulary taken from the tokenizer where it says 0.
 
+  Rows of a vocabulary beyond the tokenizer's, as published models have them,
+  are never drawn.
+
   Raises:
     errors.UserError: a vocabulary smaller than the tokenizer's.
   """
   n_tokens = host.tokenizer.vocab_size
   size = cfg.model.vocab_size or n_tokens
+  if size < n_tokens and cfg.pretrained:
+    raise errors.UserError(
+      f"{cfg.pretrained}: vocab_size is {size} and the tokenizer has {n_tokens}"
+      " tokens, so they do not belong together; give the model's own tokenizer"
+    )
   if size < n_tokens:
     raise errors.UserError(
       f"config.model.vocab_size is {size} and the tokenizer has {n_tokens} "
       "tokens; set it to 0 to follow the tokenizer"
     )
   shapes = dataclasses.replace(cfg.model, vocab_size=size)
-  return model.Policy(shapes, make_mesh(cfg))
+  return model.Policy(shapes, make_mesh(cfg), n_ids=n_tokens)
 
 
 def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:
@@ -178,12 +189,28 @@ def claim(
 def first_state(
   cfg: config_lib.Config, learner: step_lib.Learner
 ) -> step_lib.TrainState:
-  """Parameters of `init_from`, or fresh ones, with a fresh optimizer."""
-  if not cfg.init_from:
+  """Parameters of `init_from` or `pretrained`, or fresh ones; fresh optimizer.
+
+  Raises:
+    errors.UserError: they cannot be had, or are another model's.
+  """
+  source = cfg.init_from or cfg.pretrained
+  if source in ("", pretrained.RANDOM):
     return learner.init(jax.random.key(cfg.seed))
-  loaded = load_params(cfg.init_from, learner.abstract_state.params)
-  say(loaded.where)
-  return learner.start_from(loaded.params)
+  return learner.start_from(first_params(cfg, learner))
+
+
+def first_params(
+  cfg: config_lib.Config, learner: step_lib.Learner
+) -> model.Params:
+  """Parameters of a run, a checkpoint or a Hugging Face folder."""
+  source = cfg.init_from or pretrained.folder(cfg)
+  if cfg.init_from and not pretrained.is_model(source):
+    loaded = load_params(cfg.init_from, learner.abstract_state.params)
+    say(loaded.where)
+    return loaded.params
+  say(f"parameters from {source}")
+  return pretrained.load(source, learner.policy, learner.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

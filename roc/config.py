@@ -140,7 +140,12 @@ class Config:
   """A whole run, checked and frozen."""
 
   seed: int = 0  # of everything that is random
-  init_from: str = ""  # workdir or checkpoint whose parameters to start from
+  # Hugging Face folder, or ORG/NAME on the hub: shapes, tokenizer, template and
+  # first parameters; empty: the quickstart's tokenizer and fresh ones.
+  pretrained: str = ""
+  # Workdir, checkpoint or Hugging Face folder whose parameters to start from;
+  # "random": fresh ones although there is config.pretrained.
+  init_from: str = ""
   model: ModelConfig = ModelConfig()
   mesh: MeshConfig = MeshConfig()
   sampling: SamplingConfig = SamplingConfig()
@@ -179,8 +184,13 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
       together, in one sentence that names the keys and the remedy.
   """
   resolved = _build(Config, config.to_dict(), "")
-  config_checks.check(resolved)
+  check(resolved)
   return resolved
+
+
+def check(config: Config) -> None:
+  """Raises `errors.UserError` if its values do not fit together."""
+  config_checks.check(config)
 
 
 def to_json(config: Config) -> str:
@@ -252,11 +262,12 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
     for key, value in flatten(config).items()
     if not key.startswith(left_out)
   }
-  for key in ("init_from", "train.replay"):
+  for key in ("init_from", "train.replay", "pretrained"):
     if flat.get(key):
       flat[key] = os.path.normpath(str(flat[key]))
-  if not flat.get("train.replay"):
-    flat.pop("train.replay", None)  # a run from before there was such a setting
+  for key in ("train.replay", "pretrained"):
+    if not flat.get(key):
+      flat.pop(key, None)  # a run from before there was such a setting
   for section in ("train", "sft"):
     if flat.get(f"{section}.schedule") == "constant":
       del flat[f"{section}.steps"]

@@ -104,7 +104,7 @@ class Evaluator:
 
 def draw_from_head(
   sampler: rollout.Sampler,
-  chat: chat_lib.ChatFormat,
+  chat: chat_lib.Chat,
   problems: Sequence[problem_lib.Problem],
   *,
   seed: int,

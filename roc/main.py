@@ -178,9 +178,11 @@ def _run(
     )
   program = _program(command.module or name)
   if command.config != "none":
-    from roc import build
+    from roc import build, pretrained
 
     build.use_compilation_cache()
+    assert config is not None  # the command has one
+    config = pretrained.settle(config)
   if values.allow_config_change and command.config == "needed":
     from roc import runlog
 
@@ -226,10 +228,12 @@ def _dry_run(config: Any, name: str) -> str:
     f"{f'config.{key} = {value!r}':<40}  # {texts[key]}".rstrip(" #")
     for key, value in config_lib.flatten(config).items()
   ]
-  host = wiring.build_host(
-    config.host.gin_files, config.host.gin_bindings, seed=config.seed
-  )
-  return "\n".join([*shown, "", host.gin_text.rstrip(), ""])
+  gin_text = wiring.read_gin(config.host.gin_files, config.host.gin_bindings)
+  if not config.pretrained:  # which may have to be downloaded first
+    wiring.build_host(
+      config.host.gin_files, config.host.gin_bindings, seed=config.seed
+    )
+  return "\n".join([*shown, "", gin_text.rstrip(), ""])
 
 
 # ---------------------------------------------------------------------- help

@@ -94,7 +94,7 @@ class AgentLoop:
   def __init__(
     self,
     sampler: Sampler,
-    chat: chat_lib.ChatFormat,
+    chat: chat_lib.Chat,
     toolbox: tools.Toolbox,
     limits: Limits,
     *,

@@ -268,7 +268,7 @@ def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
   """
   needs = replay.Needs(
     n_drawn=cfg.filter.n_drawn,
-    vocab_size=policy.config.vocab_size,
+    vocab_size=policy.n_ids or policy.config.vocab_size,
     max_length=cfg.train.buckets[-1],
     max_calls=cfg.sampling.max_calls,
     not_of_step=evaluate.EVAL_STEP,

@@ -24,7 +24,8 @@ import gin
 
 from roc import errors
 from roc.host import chat as chat_lib
-from roc.host import rewards, tools, verify
+from roc.host import pretrained as pretrained_lib
+from roc.host import rewards, template_chat, tools, verify
 from roc.host import sandbox as sandbox_lib
 from roc.host import tokenizer as tokenizer_lib
 from roc.host.tasks import arithmetic, demonstrations, jsonl, problem
@@ -37,7 +38,7 @@ class HostParts:
   """The host side of a run, built but not started."""
 
   tokenizer: tokenizer_lib.Tokenizer
-  chat: chat_lib.ChatFormat
+  chat: chat_lib.Chat
   train_task: problem.Task
   eval_task: problem.Task
   rates: demonstrations.MessRates
@@ -51,8 +52,9 @@ class HostParts:
 def host(
   *,
   seed: int,
+  pretrained: pathlib.Path | None = None,
   tokenizer: tokenizer_lib.Tokenizer | None = None,
-  chat: Callable[..., chat_lib.ChatFormat] | None = None,
+  chat: Callable[..., chat_lib.Chat] | None = None,
   train_task: Callable[..., problem.Task] | None = None,
   eval_task: Callable[..., problem.Task] | None = None,
   rates: demonstrations.MessRates | None = None,
@@ -67,8 +69,11 @@ def host(
 
   Args:
     seed: the run's, from the ConfigDict; orders the training problems.
+    pretrained: folder of `config.pretrained`: without a tokenizer its own, and
+      without a chat its own template.
     tokenizer: an instance (`@quickstart_tokenizer()`).
-    chat: makes the format from the tokenizer.
+    chat: makes the format from the tokenizer, and if it has a parameter `tools`
+      from the schemas of the tools.
     train_task: makes the training problems from `seed`.
     eval_task: makes the held-out problems, the same for every seed; without it
       the held-out split of the arithmetic task.
@@ -79,8 +84,10 @@ def host(
     score: makes what judges answers from a sandbox: `@exact_score` or
       `@math_score`.
   """
+  if tokenizer is None and pretrained is not None:
+    tokenizer = _part("load_tokenizer")(pretrained)
   tokenizer = tokenizer or _part("quickstart_tokenizer")()
-  chat = chat or _part("ChatFormat")
+  chat = chat or _part("TemplateChat" if pretrained else "ChatFormat")
   train_task = train_task or _part("ArithmeticTask")
   eval_task = eval_task or functools.partial(
     _part("ArithmeticTask"), split="heldout"
@@ -92,10 +99,11 @@ def host(
   make_toolbox = _settled(toolbox or _part("Toolbox"))
   # Neither starts anything: a bad option is an error now, not in the first
   # rollout.
-  make_toolbox(make_sandbox())
+  schema = make_toolbox(make_sandbox()).schema
+  offered = {"tools": [schema]} if _takes(chat, "tools") else {}
   return HostParts(
     tokenizer=tokenizer,
-    chat=chat(tokenizer),
+    chat=chat(tokenizer, **offered),
     train_task=train_task(seed=seed),
     eval_task=eval_task(),
     rates=rates or _part("MessRates")(),
@@ -105,6 +113,13 @@ def host(
     make_toolbox=make_toolbox,
     gin_text="",
   )
+
+
+def _takes(factory: Callable[..., Any], name: str) -> bool:
+  """Whether it has a parameter of that name."""
+  # gin makes classes whose own signature says nothing.
+  made_by = factory.__init__ if inspect.isclass(factory) else factory
+  return name in inspect.signature(made_by).parameters
 
 
 def _part(name: str) -> Callable[..., Any]:
@@ -137,10 +152,11 @@ def parts() -> dict[str, dict[str, inspect.Parameter]]:
   """
   bindable = {}
   for part, name, *passed_in in (
-    (host, "host", "seed"),
+    (host, "host", "seed", "pretrained"),
     (tokenizer_lib.quickstart_tokenizer, "quickstart_tokenizer"),
-    (tokenizer_lib.Tokenizer.load, "load_tokenizer"),
+    (pretrained_lib.load_tokenizer, "load_tokenizer"),
     (chat_lib.ChatFormat, "ChatFormat", "tokenizer"),
+    (template_chat.TemplateChat, "TemplateChat", "tokenizer", "tools"),
     (arithmetic.ArithmeticTask, "ArithmeticTask", "seed"),
     (jsonl.JsonlTask, "JsonlTask", "seed"),
     (demonstrations.MessRates, "MessRates"),
@@ -166,6 +182,7 @@ def build_host(
   gin_bindings: Sequence[str] = (),
   *,
   seed: int,
+  pretrained: pathlib.Path | None = None,
 ) -> HostParts:
   """Reads gin files, then bindings, and builds the host side from them.
 
@@ -173,6 +190,7 @@ def build_host(
     gin_files: paths, relative to the working directory or to the checkout.
     gin_bindings: statements such as `Limits.wall_s = 2.0`; these win.
     seed: the run's seed.
+    pretrained: the published model's folder, see `host`.
 
   Returns:
     The parts, with nothing started yet.
@@ -180,6 +198,23 @@ def build_host(
   Raises:
     errors.UserError: a missing file, an unknown name or parameter, a bad value,
       or a part that cannot be built; one sentence that says where.
+  """
+  gin_text = read_gin(gin_files, gin_bindings)
+  with _one_sentence("gin"):
+    built = gin.get_configurable("host")(seed=seed, pretrained=pretrained)
+  return dataclasses.replace(built, gin_text=gin_text)
+
+
+def read_gin(
+  gin_files: Sequence[str] = (), gin_bindings: Sequence[str] = ()
+) -> str:
+  """Reads gin files, then bindings, as far as that goes without building.
+
+  Returns:
+    Every binding, as config.gin has it.
+
+  Raises:
+    errors.UserError: as `build_host`, but of what only building shows.
   """
   parts()
   gin.clear_config()
@@ -192,8 +227,7 @@ def build_host(
   _check_types()
   with _one_sentence("gin"):
     gin.finalize()
-    built = gin.get_configurable("host")(seed=seed)
-  return dataclasses.replace(built, gin_text=gin.config_str())
+    return gin.config_str()
 
 
 def _find(name: str) -> pathlib.Path:

@@ -8,10 +8,12 @@ per token.
 """
 
 import functools
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+
+_NO_SHARE = -1e30
 
 
 @overload
@@ -22,6 +24,7 @@ def token_logprobs(
   *,
   chunk: int = ...,
   temperature: float = ...,
+  n_ids: int = ...,
   with_entropy: Literal[True] = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -34,6 +37,7 @@ def token_logprobs(
   *,
   chunk: int = ...,
   temperature: float = ...,
+  n_ids: int = ...,
   with_entropy: bool,
 ) -> tuple[jax.Array, jax.Array | None]: ...
 
@@ -45,6 +49,7 @@ def token_logprobs(
   *,
   chunk=1024,
   temperature=1.0,
+  n_ids=0,
   with_entropy=True,
 ):
   """log softmax(hidden @ unembed / temperature) at the targets, and entropy.
@@ -64,6 +69,8 @@ def token_logprobs(
       position of every row is taken.
     temperature: divides the logits: the sampler's, so that these log-probs are
       those of the distribution that was sampled from.
+    n_ids: ids from here on have no share in the distribution, see `mask_ids`;
+      0: all V have.
     with_entropy: whether to compute the entropy as well.
 
   Returns:
@@ -85,19 +92,48 @@ def token_logprobs(
   n_pad = -n_tokens % width
   hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, n_pad), (0, 0)))
   target_BT = jnp.pad(target_BT, ((0, 0), (0, n_pad)))
+  head = _Head(1.0 / temperature, n_ids)
   logp_BT, entropy_BT = _chunked(
-    width, 1.0 / temperature, with_entropy, hidden_BTD, unembed_DV, target_BT
+    width, head, with_entropy, hidden_BTD, unembed_DV, target_BT
   )
   logp_BT = logp_BT[:, :n_tokens]
   return logp_BT, entropy_BT[:, :n_tokens] if with_entropy else None
 
 
-def _logits(hidden, unembed_DV, scale):
+def mask_ids(logits: jax.Array, n_ids: int) -> jax.Array:
+  """Takes ids that no tokenizer writes out of the distribution.
+
+  Published vocabularies are padded: Qwen3's tokenizer has 151,669 ids and its
+  embedding 151,936 rows. The rows beyond are masked and not cut off, so that a
+  vocabulary that is split over devices stays evenly split.
+
+  Args:
+    logits: float32 [..., V].
+    n_ids: ids below it stay; 0: all.
+
+  Returns:
+    The logits, hugely negative (and finite: 0 * it is 0) from `n_ids` on.
+  """
+  V = logits.shape[-1]
+  if not 0 < n_ids < V:
+    return logits
+  return jnp.where(jnp.arange(V) < n_ids, logits, _NO_SHARE)
+
+
+class _Head(NamedTuple):
+  """What becomes of the logits."""
+
+  scale: float
+  n_ids: int
+
+
+def _logits(hidden, unembed_DV, head):
   """Float32 logits of one chunk, [B, c, V]."""
   logits = jnp.einsum(
     "btd,dv->btv", hidden, unembed_DV, preferred_element_type=jnp.float32
   )
-  return logits if scale == 1.0 else logits * scale
+  logits = logits if head.scale == 1.0 else logits * head.scale
+  return mask_ids(logits, head.n_ids)
 
 
 def _slice(array, i, width):
@@ -111,18 +147,18 @@ def _unstack(chunks):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _chunked(width, scale, with_entropy, hidden_BTD, unembed_DV, target_BT):
+def _chunked(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
   out, _ = _forward(
-    width, scale, with_entropy, hidden_BTD, unembed_DV, target_BT
+    width, head, with_entropy, hidden_BTD, unembed_DV, target_BT
   )
   return out
 
 
-def _forward(width, scale, with_entropy, hidden_BTD, unembed_DV, target_BT):
+def _forward(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
   """Scans over chunks: (logp, entropy) and what the backward pass needs."""
 
   def body(carry, i):
-    logits = _logits(_slice(hidden_BTD, i, width), unembed_DV, scale)
+    logits = _logits(_slice(hidden_BTD, i, width), unembed_DV, head)
     target = _slice(target_BT, i, width)[:, :, None]
     at_target = jnp.take_along_axis(logits, target, axis=-1)[:, :, 0]
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -144,7 +180,7 @@ def _forward(width, scale, with_entropy, hidden_BTD, unembed_DV, target_BT):
   return (logp_BT, entropy_BT), residuals
 
 
-def _backward(width, scale, with_entropy, residuals, cotangents):
+def _backward(width, head, with_entropy, residuals, cotangents):
   """Rebuilds p chunk by chunk; adds up the unembedding's gradient in f32."""
   hidden_BTD, unembed_DV, target_BT, lse_BT, entropy_BT = residuals
   g_logp_BT, g_entropy_BT = cotangents
@@ -155,11 +191,11 @@ def _backward(width, scale, with_entropy, residuals, cotangents):
       _slice(a, i, width)[:, :, None]
       for a in (target_BT, lse_BT, entropy_BT, g_logp_BT, g_entropy_BT)
     )
-    logp = _logits(hidden, unembed_DV, scale) - lse
+    logp = _logits(hidden, unembed_DV, head) - lse
     push = g_logp + g_entropy * (logp + entropy) if with_entropy else g_logp
     is_target = jnp.arange(logp.shape[-1])[None, None] == target
     g_logits = jnp.where(is_target, g_logp, 0.0) - jnp.exp(logp) * push
-    g_logits = (g_logits * scale).astype(hidden.dtype)
+    g_logits = (g_logits * head.scale).astype(hidden.dtype)
     g_hidden = jnp.einsum(
       "btv,dv->btd", g_logits, unembed_DV, preferred_element_type=jnp.float32
     )

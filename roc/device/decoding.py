@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from roc.core import logprobs
 from roc.device import model as model_lib
 from roc.device import paged, sampling
 
@@ -134,6 +135,7 @@ class Programs:
         params, pool, pending_S[:, None], place
       )
       logits_SV = (hidden_S1D[:, 0] @ unembed_DV).astype(jnp.float32)
+      logits_SV = logprobs.mask_ids(logits_SV, self._policy.n_ids)
       u_S = jax.lax.dynamic_index_in_dim(u_ST, t, 1, keepdims=False)
       token_S, *logps = self._sample(logits_SV, u_S)
       # One that is not finite makes the normaliser, so every log-prob, so too.

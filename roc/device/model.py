@@ -179,7 +179,10 @@ class Policy:
   """
 
   def __init__(
-    self, config: ModelConfig, mesh: jax.sharding.Mesh | None = None
+    self,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    n_ids: int = 0,
   ):
     """Builds a policy.
 
@@ -187,6 +190,8 @@ class Policy:
       config: shapes.
       mesh: that `hidden` runs on, which the Pallas kernels have to know; None:
         a single device.
+      n_ids: of the tokenizer; those beyond are never drawn, see
+        `logprobs.mask_ids`. 0: the whole vocabulary.
 
     Raises:
       ValueError: shapes that cannot be.
@@ -207,6 +212,7 @@ class Policy:
       raise ValueError(f"model.attention=pallas {objection}")
     self.config = config
     self.mesh = mesh
+    self.n_ids = n_ids
     self._suits_pallas = not objection
     plain = nnx.split(_abstract(config, is_fused=False))
     fused = nnx.split(_abstract(config, is_fused=True))

@@ -87,6 +87,7 @@ def score(
     tokens_BT[:, 1:],
     chunk=chunk,
     temperature=temperature or 1.0,
+    n_ids=policy.n_ids,
   )
   first = ((0, 0), (1, 0))
   return jnp.pad(logp_BT, first), jnp.pad(entropy_BT, first)

@@ -69,6 +69,30 @@ def test_values_and_gradients_equal_full_logits(chunk, temperature):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * jnp.abs(b).max())
 
 
+def test_masked_ids_are_as_good_as_absent():
+  """Values and gradients are those of a vocabulary without them."""
+  hidden, unembed, target = inputs()
+  n_ids = 30
+  target = target % n_ids
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def values_and_gradients(f, unembed):
+    grad = jax.grad(functools.partial(scalar, f), argnums=(0, 1))
+    return f(hidden, unembed, target), grad(hidden, unembed, target)
+
+  masked = functools.partial(CHUNKED, n_ids=n_ids)
+  values, grads = values_and_gradients(masked, unembed)
+  want, (want_hidden, want_unembed) = values_and_gradients(
+    full, unembed[:, :n_ids]
+  )
+  want_unembed = jnp.pad(want_unembed, ((0, 0), (0, V - n_ids)))
+  for a, b in zip(values, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  for a, b in zip(grads, (want_hidden, want_unembed), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * jnp.abs(b).max())
+  assert not np.any(grads[1][:, n_ids:])
+
+
 def test_jit_equals_eager():
   args = inputs()
   for a, b in zip(CHUNKED(*args), JITTED(*args), strict=True):

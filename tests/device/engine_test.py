@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from roc.device import engine as engine_lib
-from roc.device import sampling, sharding
+from roc.device import model, sampling, sharding
 from roc.device import step as step_lib
 
 STOP_IDS = (1, 2, 3, 4)
@@ -510,3 +510,32 @@ def test_broken_logits_break_their_rollout_only(policy, params, jobs, plain):
   engine.set_params(params)
   assert_same_bits(plain[0], drive(engine, jobs))
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(engine._pool))
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(policy, params, jobs):
+  """Their share goes to the others, in the train step alike."""
+  n_ids = 30
+  embedding = params["embed"]["embedding"]
+  loud = {"embed": {"embedding": embedding.at[n_ids:].multiply(3.0)}}
+  loud = params | loud
+  jobs = [
+    Job(dataclasses.replace(job.request, prompt=[7 + i % 5]), ())
+    for i, job in enumerate(jobs)
+  ]
+  padded = model.Policy(policy.config, n_ids=n_ids)
+  drawn = {}
+  for used in (policy, padded):
+    made = engine_lib.Engine(used, CONFIG, STOP_IDS)
+    made.set_params(loud)
+    tokens_BT, logp_BT, is_drawn_BT = rows_of(drive(made, jobs))
+    scored_BT, _ = jax.jit(
+      lambda tokens_BT, used=used: step_lib.score(
+        used, loud, {"tokens_BT": tokens_BT}, chunk=128, temperature=1.0
+      )
+    )(tokens_BT)
+    np.testing.assert_allclose(
+      logp_BT[is_drawn_BT], np.asarray(scored_BT)[is_drawn_BT], atol=1e-5
+    )
+    drawn[used.n_ids] = tokens_BT[is_drawn_BT]
+  assert np.mean(drawn[0] >= n_ids) > 0.1
+  assert np.all(drawn[n_ids] < n_ids) and len(drawn[n_ids]) > 40

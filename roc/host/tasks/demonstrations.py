@@ -224,7 +224,7 @@ def _random_number(rng: np.random.Generator, n_chars: int) -> str:
 def run_demonstrations(
   demonstrations: Sequence[Demonstration],
   toolbox: tools.Toolbox,
-  chat: chat_lib.ChatFormat,
+  chat: chat_lib.Chat,
   *,
   progress: Callable[[int, int], None] | None = None,
 ) -> list[episode_lib.Episode]:
@@ -267,7 +267,7 @@ class _Run:
   def __init__(
     self,
     demonstration: Demonstration,
-    chat: chat_lib.ChatFormat,
+    chat: chat_lib.Chat,
     toolbox: tools.Toolbox,
     rollout: int,
   ):

@@ -1,0 +1,93 @@
+"""Runs that start from a published model: `config.pretrained`.
+
+A Hugging Face folder says what the network looks like, which tokenizer and chat
+template belong to it, and what its parameters are. `settle` takes the shapes
+over into the configuration, so that a run's record holds them; the rest is read
+when the run is built.
+"""
+
+import dataclasses
+import pathlib
+
+import jax
+
+from roc import config as config_lib
+from roc import errors
+from roc.device import families, model, weights
+
+# `config.init_from` for a fresh model of a folder's shapes.
+RANDOM = "random"
+
+# What a folder does not say of a model: how it is computed here.
+_FREE = ("dtype", "remat", "attention")
+
+
+def settle(cfg: config_lib.Config) -> config_lib.Config:
+  """The configuration with the shapes of `config.pretrained`, if there is one.
+
+  Settling again changes nothing.
+
+  Raises:
+    errors.UserError: the folder cannot be had or read, or the configuration
+      says something else of the model.
+  """
+  if not cfg.pretrained:
+    return cfg
+  published = families.read(folder(cfg))
+  default = model.ModelConfig()
+  shapes = {}
+  for field in dataclasses.fields(model.ModelConfig):
+    if field.name in _FREE:
+      continue
+    found = getattr(published, field.name)
+    said = getattr(cfg.model, field.name)
+    if said not in (getattr(default, field.name), found):
+      raise errors.UserError(
+        f"config.model.{field.name} is {said} and {cfg.pretrained} has"
+        f" {found}; leave it out, or config.pretrained"
+      )
+    shapes[field.name] = found
+  settled = dataclasses.replace(cfg.model, **shapes)
+  cfg = dataclasses.replace(cfg, model=settled)
+  config_lib.check(cfg)
+  return cfg
+
+
+def folder(cfg: config_lib.Config) -> pathlib.Path:
+  """Where the files of `config.pretrained` are.
+
+  Raises:
+    errors.UserError: there is no such folder.
+  """
+  here = pathlib.Path(cfg.pretrained)
+  checkout = pathlib.Path(__file__).resolve().parent.parent / here
+  for path in (here, checkout):
+    if path.is_dir():
+      return path
+  raise errors.UserError(
+    f"config.pretrained is {cfg.pretrained}, and there is no such folder"
+  )
+
+
+def is_model(source: str | pathlib.Path) -> bool:
+  """Whether a path is a folder with a published model's weights."""
+  path = pathlib.Path(source)
+  has_shapes = (path / families.CONFIG_FILE).is_file()
+  return has_shapes and any(path.glob("*.safetensors"))
+
+
+def load(
+  source: str | pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+) -> model.Params:
+  """The weights of a folder, for a policy that must have its shapes.
+
+  Raises:
+    errors.UserError: it holds none, or of other shapes.
+  """
+  path = pathlib.Path(source)
+  if not is_model(path):
+    raise errors.UserError(
+      f"{path} holds no weights (*.safetensors); set config.init_from to a run,"
+      f" or to {RANDOM} for fresh parameters"
+    )
+  return weights.load(path, policy, mesh)
