@@ -60,6 +60,20 @@ def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
   Raises:
     errors.UserError: a vocabulary smaller than the tokenizer's.
   """
+  n_ids = host.tokenizer.vocab_size
+  return model.Policy(shapes(cfg, host), make_mesh(cfg), n_ids)
+
+
+def shapes(
+  cfg: config_lib.Config, host: wiring.HostParts | None
+) -> model.ModelConfig:
+  """`config.model` with a vocabulary; without a host it must say its size.
+
+  Raises:
+    errors.UserError: a vocabulary smaller than the tokenizer's.
+  """
+  if host is None:
+    return cfg.model
   n_tokens = host.tokenizer.vocab_size
   size = cfg.model.vocab_size or n_tokens
   if size < n_tokens and cfg.pretrained:
@@ -72,8 +86,7 @@ def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
       f"config.model.vocab_size is {size} and the tokenizer has {n_tokens} "
       "tokens; set it to 0 to follow the tokenizer"
     )
-  shapes = dataclasses.replace(cfg.model, vocab_size=size)
-  return model.Policy(shapes, make_mesh(cfg), n_ids=n_tokens)
+  return dataclasses.replace(cfg.model, vocab_size=size)
 
 
 def make_mesh(cfg: config_lib.Config) -> jax.sharding.Mesh:
@@ -222,12 +235,15 @@ class Loaded:
   where: str  # a line for people
 
 
-def load_params(source: str, abstract_params: Any) -> Loaded:
-  """Parameters of the newest whole checkpoint of a run.
+def load_params(
+  source: str, abstract_params: Any, step: int | None = None
+) -> Loaded:
+  """Parameters of the newest whole checkpoint of a run, or of one `step`.
 
   Args:
     source: a workdir, or the `checkpoints` directory in it.
     abstract_params: shapes, dtypes and shardings to restore to.
+    step: of the checkpoint.
 
   Raises:
     errors.UserError: there is no whole checkpoint, or one of another model.
@@ -236,7 +252,9 @@ def load_params(source: str, abstract_params: Any) -> Loaded:
   inner = path / "checkpoints"
   directory = inner if inner.is_dir() else path
   checkpoints = checkpoint.Checkpoints(directory)
-  restored = checkpoints.restore({"params": abstract_params}, is_partial=True)
+  restored = checkpoints.restore(
+    {"params": abstract_params}, step, is_partial=True
+  )
   if restored is None:
     raise errors.UserError(
       f"no checkpoint under {source}; train one first, or point "

@@ -92,6 +92,12 @@ COMMANDS = {
     " together; what is finished already is not trained again.",
     "compare --config=experiments/roc_vs_grpo.py --workdir=runs/comparison",
   ),
+  "export": Command(
+    "write the policy of a run as a Hugging Face folder",
+    "Its own --help tells more.",
+    "export --workdir=runs/quickstart --output=models/quickstart",
+    "own",
+  ),
   "score": Command(
     "log-probs and entropies of given tokens under a Hugging Face model",
     "Its own --help tells more.",

@@ -1,0 +1,185 @@
+"""The policy of a run as a Hugging Face folder.
+
+    python -m roc.main export --workdir=runs/mine --output=models/mine
+
+The folder holds weights, config and tokenizer; it loads in transformers, in
+other engines, and here as `config.pretrained`. Everything runs on the host's
+processor: no accelerator has to be free.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+
+from roc import build, cli, errors, pretrained, wiring
+from roc import config as config_lib
+from roc.device import families, model, sharding, weights
+from roc.host import pretrained as tokenizers_lib
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs `export ...`; returns the exit code.
+
+  Raises:
+    errors.UserError: bad flags, no whole checkpoint, or an output that exists
+      or cannot be written.
+  """
+  values = _parser().parse_args(argv)
+  jax.config.update("jax_platforms", "cpu")
+  workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
+  if output.exists():
+    raise errors.UserError(f"{output} exists; name a new folder")
+  cfg = pretrained.settle(read_config(workdir))
+  name = export(cfg, workdir, output, step=values.step, dtype=values.dtype)
+  found = {
+    "output": str(output),
+    "checkpoint": name,
+    "dtype": values.dtype,
+    "bytes": sum(path.stat().st_size for path in output.iterdir()),
+  }
+  if values.json:
+    print(json.dumps(found))
+  else:
+    size = found["bytes"] / 2**20
+    print(f"{output}: {name}, {values.dtype}, {size:.1f} MiB")
+  return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = cli.Parser(
+    prog="python -m roc.main export",
+    description="Writes the policy of a run as a Hugging Face folder: weights,"
+    " config and tokenizer.",
+    epilog="example: python -m roc.main export --workdir=runs/quickstart"
+    " --output=models/quickstart",
+  )
+  parser.add_argument(
+    "--workdir", required=True, metavar="DIR", help="of a run of train or sft"
+  )
+  parser.add_argument(
+    "--output", required=True, metavar="DIR", help="a folder that is not there"
+  )
+  parser.add_argument(
+    "--step",
+    type=int,
+    metavar="N",
+    help="of the checkpoint; by default the newest whole one",
+  )
+  parser.add_argument(
+    "--dtype",
+    default="bfloat16",
+    choices=("bfloat16", "float16", "float32"),
+    help="of the weights; bfloat16",
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="one line of JSON instead of text"
+  )
+  return parser
+
+
+def read_config(workdir: pathlib.Path) -> config_lib.Config:
+  """The configuration that a run was made with.
+
+  Raises:
+    errors.UserError: there is none.
+  """
+  path = workdir / "config.json"
+  try:
+    text = path.read_text()
+  except OSError as e:
+    raise errors.UserError(
+      f"cannot read {path}: {e.strerror}; give the --workdir of a run"
+    ) from None
+  return config_lib.from_json(text, str(path))
+
+
+def export(
+  cfg: config_lib.Config,
+  workdir: pathlib.Path,
+  output: pathlib.Path,
+  *,
+  step: int | None = None,
+  dtype: str = "bfloat16",
+) -> str:
+  """Writes a checkpoint of a run as a folder that appears when it is whole.
+
+  Args:
+    cfg: of the run, settled.
+    workdir: of the run.
+    output: a folder that must not exist yet.
+    step: of the checkpoint; None: the newest whole one.
+    dtype: float32, float16 or bfloat16.
+
+  Returns:
+    The checkpoint's step and checksum, for people.
+
+  Raises:
+    errors.UserError: no whole checkpoint, or the output cannot be written.
+  """
+  has_own_tokenizer = "host.tokenizer" in wiring.read_gin(
+    cfg.host.gin_files, cfg.host.gin_bindings
+  )
+  source = pretrained.folder(cfg) if cfg.pretrained else None
+  # The data that the run was trained on need not be there any more.
+  is_published = source is not None and not has_own_tokenizer
+  host = None if is_published else build.host_parts(cfg)
+  mesh = sharding.make_mesh(1, 1, 1)
+  policy = model.Policy(build.shapes(cfg, host))
+  loaded = build.load_params(
+    str(workdir), build.abstract_params(policy, mesh), step
+  )
+  unfinished = output.with_name(f".{output.name}.unfinished")
+  shutil.rmtree(unfinished, ignore_errors=True)
+  try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    weights.export(loaded.params, policy.config, unfinished, dtype=dtype)
+    if source is not None:
+      _keep_fields(source, unfinished, dtype)
+    if host is not None:
+      _write_tokenizer(host, unfinished)
+    elif source is not None:
+      _copy_tokenizer(source, unfinished)
+    unfinished.rename(output)
+  except OSError as e:
+    raise errors.UserError(f"{output} cannot be written: {e.strerror}") from e
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  return loaded.name
+
+
+def _keep_fields(
+  source: pathlib.Path, folder: pathlib.Path, dtype: str
+) -> None:
+  """Config of the published model: it says more than we need, such as lengths.
+
+  transformers 5 calls the field of the type `dtype`, older ones `torch_dtype`.
+  """
+  path = folder / families.CONFIG_FILE
+  fields = json.loads((source / families.CONFIG_FILE).read_text("utf-8"))
+  key = "dtype" if "dtype" in fields else "torch_dtype"
+  path.write_text(json.dumps(fields | {key: dtype}, indent=2) + "\n")
+
+
+def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
+  for name in tokenizers_lib.FILES:
+    if (source / name).exists():
+      shutil.copyfile(source / name, folder / name)
+  if not (folder / tokenizers_lib.TOKENIZER_FILE).exists():
+    # Only ranks: others read what we made of them.
+    tokenizer = tokenizers_lib.load_tokenizer(source)
+    tokenizer.save(folder / tokenizers_lib.TOKENIZER_FILE)
+
+
+def _write_tokenizer(host: wiring.HostParts, folder: pathlib.Path) -> None:
+  """A tokenizer of our own, and which ids end a turn."""
+  host.tokenizer.save(folder / tokenizers_lib.TOKENIZER_FILE)
+  side = {
+    "eos_token_id": list(host.chat.stop_ids),
+    "pad_token_id": host.chat.pad_id,
+  }
+  path = folder / tokenizers_lib.GENERATION_FILE
+  path.write_text(json.dumps(side, indent=2) + "\n", encoding="utf-8")
