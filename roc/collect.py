@@ -22,7 +22,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from roc import build, errors, layout, records, rollout, wiring
+from roc import build, errors, layout, pretrained, records, rollout, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.host import episode as episode_lib
@@ -95,6 +95,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     errors.UserError: no checkpoint, too few problems, files of other settings,
       or a directory that is in use or cannot be written.
   """
+  cfg = pretrained.settle(cfg)
   host = build.host_parts(cfg)
   problems = choose(cfg.collect, host)
   policy = build.make_policy(cfg, host)

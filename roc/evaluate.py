@@ -17,7 +17,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from roc import build, layout, rollout, wiring
+from roc import build, layout, pretrained, rollout, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.device import engine, model, sampling
@@ -220,6 +220,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   Raises:
     errors.UserError: no checkpoint there, or one of another model.
   """
+  cfg = pretrained.settle(cfg)
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   abstract = build.abstract_params(policy, build.make_mesh(cfg))

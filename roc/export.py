@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     errors.UserError: bad flags, no whole checkpoint, or an output that exists
       or cannot be written.
   """
-  values = _parser().parse_args(argv)
+  values = make_parser().parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
   workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
   if output.exists():
@@ -49,7 +49,8 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+  """The flags of the command."""
   parser = cli.Parser(
     prog="python -m roc.main export",
     description="Writes the policy of a run as a Hugging Face folder: weights,"

@@ -184,11 +184,9 @@ def _run(
     )
   program = _program(command.module or name)
   if command.config != "none":
-    from roc import build, pretrained
+    from roc import build
 
     build.use_compilation_cache()
-    assert config is not None  # the command has one
-    config = pretrained.settle(config)
   if values.allow_config_change and command.config == "needed":
     from roc import runlog
 

@@ -59,6 +59,9 @@ class Timing:
   generate: float = 0.0  # the device draws or reads tokens
   # Nothing could be drawn: waiting for the sandbox, for tools or for verdicts.
   tools: float = 0.0
+  # The host makes tokens of words and words of tokens: prompts, answers of
+  # tools, parsed turns. Part of it lies behind what the device does.
+  text: float = 0.0
   n_broken: int = 0  # rollouts whose logits were not finite
 
 
@@ -119,6 +122,7 @@ class AgentLoop:
     self.limits = limits
     self.system = system
     self._is_cancelled = threading.Event()
+    self._text_s = 0.0
 
   def cancel(self) -> None:
     """Ends the `run` under way, from any thread.
@@ -150,6 +154,7 @@ class AgentLoop:
       N lists of O finished episodes in order of rollout id, and the timing.
     """
     self._is_cancelled.clear()
+    self._text_s = 0.0
     start = time.perf_counter()
     lives = list(self._new(problems, n_rollouts, seed, step))
     groups = [[] for _ in problems]
@@ -169,6 +174,7 @@ class AgentLoop:
     batch.timing.tools += time.perf_counter() - waited
     whole = time.perf_counter() - start
     batch.timing.generate = whole - batch.timing.tools
+    batch.timing.text = self._text_s
     return groups, batch.timing
 
   def _drive(
@@ -198,7 +204,10 @@ class AgentLoop:
         seed, step, jnp.asarray(task_B), jnp.asarray(rollout_B)
       )
     )
-    prompts = [self.chat.prompt_ids(p.question, self.system) for p in problems]
+    prompts = [
+      self._on_text(self.chat.prompt_ids, p.question, self.system)
+      for p in problems
+    ]
     for i, key in enumerate(key_B2):
       group, rollout = divmod(i, n_rollouts)
       problem = problems[group]
@@ -214,6 +223,14 @@ class AgentLoop:
       )
       episode.append_prompt(prompts[group])
       yield _Live(episode, key, self.limits.max_tokens)
+
+  def _on_text(self, work: Callable[..., Any], *args: Any) -> Any:
+    """Does work on text, its time counted."""
+    start = time.perf_counter()
+    try:
+      return work(*args)
+    finally:
+      self._text_s += time.perf_counter() - start
 
   def _answer(self, running: dict[int, _Live]) -> None:
     """Appends what the tools said to every rollout whose calls are all back."""
@@ -231,7 +248,9 @@ class AgentLoop:
       if any(o.status == layout.ToolStatus.INFRA for o in outcomes):
         live.episode.stop(layout.StopReason.INFRA)
         continue
-      ids, roles = self.chat.tool_suffix([o.text for o in outcomes])
+      ids, roles = self._on_text(
+        self.chat.tool_suffix, [o.text for o in outcomes]
+      )
       # One more than the answer: the model must be able to say something.
       if len(ids) >= live.budget:
         live.episode.stop(layout.StopReason.TOOL_OVERFLOW)
@@ -273,9 +292,11 @@ class AgentLoop:
       self._give_up_if_late(live, now)
 
   def _end_turn(self, live: _Live) -> None:
-    turn = self.toolbox.parse_turn(live.turn, self.chat.tokenizer)
+    turn = self._on_text(
+      self.toolbox.parse_turn, live.turn, self.chat.tokenizer
+    )
     live.episode.record_turn(turn)
-    is_whole = self.chat.is_whole(live.turn)
+    is_whole = self._on_text(self.chat.is_whole, live.turn)
     live.turn = []
     if not is_whole:
       live.episode.stop(layout.StopReason.MAX_TOKENS)

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, errors, runlog, wiring
+from roc import build, errors, pretrained, runlog, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -29,6 +29,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   Raises:
     errors.UserError: bad input, before any work starts.
   """
+  cfg = pretrained.settle(cfg)
   # ------------------------------------------------------------- parts
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)

@@ -18,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from roc import build, curves, errors, evaluate, replay, rollout, runlog, wiring
+from roc import (
+  build,
+  curves,
+  errors,
+  evaluate,
+  pretrained,
+  replay,
+  rollout,
+  runlog,
+  wiring,
+)
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -129,6 +139,7 @@ class Trainer:
     row |= {
       "time/generate": timing.generate,
       "time/tools": timing.tools,
+      "time/text": timing.text,
       "time/score": updating - scored,
       "time/update": ended - updating,
       "time/step": ended - started,
@@ -284,6 +295,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   Raises:
     errors.UserError: bad input, before any work starts.
   """
+  cfg = pretrained.settle(cfg)
   # ------------------------------------------------------------- parts
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)

@@ -1042,6 +1042,7 @@ def test_others_decode_while_one_waits(chat, say):
   assert seen == [(1, 2), (2, 2)]
   assert sandbox.finished == ["slow"]
   assert world.timing.generate > 0 and world.timing.tools >= 0
+  assert 0 < world.timing.text < world.timing.generate
 
 
 def test_nothing_to_do(chat):
