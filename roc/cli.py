@@ -204,8 +204,9 @@ def _check_overrides(overrides: list[str], known: list[str]) -> None:
 
 
 def _as_tuple(arg: str) -> str:
-  """A gin binding is text with `=`, spaces and commas, never a literal."""
-  match = re.match(r"(--?config\.host\.gin_\w+)=(?!\()(.*)", arg, re.DOTALL)
+  """A path, and a gin binding with `=`, spaces and commas, is no literal."""
+  names = r"(--?config\.(?:host\.gin_\w+|sft\.data))"
+  match = re.match(names + r"=(?!\()(.*)", arg, re.DOTALL)
   return f"{match[1]}={(match[2],)!r}" if match else arg
 
 

@@ -62,8 +62,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SftConfig:
-  """Supervised fine-tuning on demonstrations."""
+  """Supervised fine-tuning on conversations or demonstrations."""
 
+  # JSONL files of conversations, from here or from the checkout; empty: the
+  # task's own demonstrations.
+  data: tuple[str, ...] = ()
+  # What is longer than a row: an error, left out, or cut off there.
+  overlong: Literal["error", "drop", "truncate"] = "error"
+  heldout: float = 0.0  # share that is not learnt, to measure on
+  heldout_every: int = 100  # steps between measurements
+  heldout_calls: int = 64  # of its turns that call, drawn greedily; 0: none
   n_demos: int = 4000  # demonstrations
   steps: int = 600  # updates
   rows: int = 64  # packed rows per update
@@ -234,7 +242,14 @@ def help_texts() -> dict[str, str]:
 # that a run computes.
 _NOT_IDENTITY = (
   *("checkpoint.", "log.", "eval.every", "collect.", "compare.", "host."),
+  *("sft.heldout_every", "sft.heldout_calls"),
+  "sft.data",  # what the files hold counts, not where they lie
 )
+# Settings that came later: at these values a run is what it was before them.
+_ADDED = {
+  **{"pretrained": "", "train.replay": ""},
+  **{"sft.overlong": "error", "sft.heldout": 0.0},
+}
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {
   "sft": ("train.", "loss.", "filter."),
@@ -265,9 +280,9 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
   for key in ("init_from", "train.replay", "pretrained"):
     if flat.get(key):
       flat[key] = os.path.normpath(str(flat[key]))
-  for key in ("train.replay", "pretrained"):
-    if not flat.get(key):
-      flat.pop(key, None)  # a run from before there was such a setting
+  for key, value in _ADDED.items():
+    if flat.get(key) == value:
+      del flat[key]
   for section in ("train", "sft"):
     if flat.get(f"{section}.schedule") == "constant":
       del flat[f"{section}.steps"]

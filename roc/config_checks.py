@@ -100,6 +100,7 @@ def _check_ranges(c: "config_lib.Config") -> None:
     *("train.microbatch_rows", "sft.microbatch_rows", "sft.warmup"),
     *("sft.weight_decay", "sampling.cache_tokens"),
     *("sampling.call_deadline", "sampling.rollout_deadline"),
+    *("sft.heldout_every", "sft.heldout_calls"),
     *("sft.grad_clip", "eval.every", "eval.temperature", "log.traces_every"),
     *("collect.first", "collect.step"),
   )
@@ -302,6 +303,10 @@ def _check_schedules(c: "config_lib.Config") -> None:
       f"config.{name}.warmup ({x.warmup}) must be shorter than"
       f" config.{name}.steps ({x.steps}) under a cosine schedule",
     )
+  _require(
+    0 <= c.sft.heldout < 1,
+    f"config.sft.heldout must be in [0, 1), got {c.sft.heldout}",
+  )
   _require(
     c.sft.length >= 16, f"config.sft.length must be 16 up, got {c.sft.length}"
   )

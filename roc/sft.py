@@ -1,8 +1,8 @@
-"""Supervised training on demonstrations: the policy that RL starts from.
+"""Supervised training: the policy that RL starts from.
 
-Demonstrations are scripted, run against the real tool once and kept in the
-workdir; the loss is on the model's own tokens. The order of rows is a function
-of the seed and the step, so a run that was killed goes on where it was.
+`lessons` says what from; the loss is on the model's own tokens. The order of
+rows is a function of the seed and the step, so a run that was killed goes on
+where it was.
 """
 
 import pathlib
@@ -10,21 +10,17 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, errors, pretrained, runlog, wiring
+from roc import build, lessons, pretrained, runlog
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
 from roc.device import checkpoint, optim
 from roc.device import step as step_lib
-from roc.host import episode as episode_lib
 from roc.host import pack
-from roc.host.tasks import demonstrations
-
-DEMONSTRATIONS = "demonstrations.jsonl"
 
 
 def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
-  """Trains from nothing (or `init_from`) on demonstrations; resumable.
+  """Trains from nothing, `init_from` or `pretrained`; resumable.
 
   Raises:
     errors.UserError: bad input, before any work starts.
@@ -41,7 +37,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     mesh,
     n_microbatches=cfg.sft.rows // (cfg.sft.microbatch_rows or cfg.sft.rows),
   )
-  claim = build.claim(cfg, host, workdir, "sft")
+  claim = build.claim(cfg, host, workdir, "sft", lessons.identity(cfg))
   checkpoints = checkpoint.Checkpoints(
     workdir / "checkpoints", keep=cfg.checkpoint.keep
   )
@@ -54,11 +50,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     if start >= cfg.sft.steps:
       build.say(f"{workdir}: all {start} steps are done")
       return
-    try:
-      episodes = _demonstrations(cfg, host, workdir, claim)
-      rows = pack.pack_sft(episodes, cfg.sft.length)
-    except ValueError as e:  # a task without scripts, a damaged or a long line
-      raise errors.UserError(f"demonstrations: {e}") from e
+    found = lessons.read(cfg, host, workdir, claim)
+    rows = pack.pack_sft(found.learnt, cfg.sft.length)
     first = build.first_state(cfg, learner)
     state = restored.state if restored else first
 
@@ -97,37 +90,3 @@ def _row_order(cfg: config_lib.Config, n_rows: int, step: int) -> np.ndarray:
     order = np.random.default_rng([cfg.seed, epoch]).permutation(n_rows)
     picked.extend(order[at : at + cfg.sft.rows - len(picked)])
   return np.array(picked)
-
-
-def _demonstrations(
-  cfg: config_lib.Config,
-  host: wiring.HostParts,
-  workdir: pathlib.Path,
-  claim: runlog.Run,
-) -> list[episode_lib.Episode]:
-  """Reads the workdir's demonstrations, or makes them with the real tool."""
-  path = workdir / DEMONSTRATIONS
-  if path.exists():
-    return list(episode_lib.read_episodes(path))
-  scripts = [
-    demonstrations.make_demonstration(p, cfg.seed, host.rates)
-    for p in host.train_task.problems(0, cfg.sft.n_demos)
-  ]
-  n_turns = sum(len(script.turns) for script in scripts)
-  with (
-    build.started_sandbox(host) as sandbox,
-    progress_lib.Progress(
-      "demonstrations", n_turns, is_shown=cfg.log.progress
-    ) as bar,
-  ):
-    claim.note(sandbox=sandbox.info())
-    episodes = demonstrations.run_demonstrations(
-      scripts,
-      host.make_toolbox(sandbox),
-      host.chat,
-      progress=lambda n, _: bar.update(n),
-    )
-  partial = path.with_suffix(".unfinished")
-  partial.write_text("".join(e.to_json() + "\n" for e in episodes))
-  partial.rename(path)
-  return episodes

@@ -14,9 +14,11 @@ between a tag and its neighbour (the quickstart, where each token is time);
 """
 
 import abc
+import json
 from collections.abc import Callable, Sequence
 
 from roc import layout
+from roc.host import messages as messages_lib
 from roc.host import tokenizer as tokenizer_lib
 
 STYLES = ("compact", "qwen")
@@ -89,6 +91,24 @@ class Chat(abc.ABC):
     Returns:
       ids: tokens to append, the header of the model's next turn included.
       roles: `Role.TEMPLATE` for all of them.
+    """
+
+  @abc.abstractmethod
+  def turn_text(
+    self,
+    content: str,
+    calls: Sequence[messages_lib.Call] = (),
+    reasoning: str = "",
+  ) -> str:
+    """How the model would write a turn, for `assistant_ids`.
+
+    Args:
+      content: what it says.
+      calls: tools that it calls, written behind that.
+      reasoning: what it thinks before.
+
+    Raises:
+      ValueError: the format has no place for one of them.
     """
 
   def assistant_ids(self, text: str) -> list[int]:
@@ -243,6 +263,33 @@ class ChatFormat(Chat):
     ids = self._gap + self._turn_open("user\n" + text) + self._turn_close()
     ids += self._header
     return ids, _template_roles(ids)
+
+  def turn_text(
+    self,
+    content: str,
+    calls: Sequence[messages_lib.Call] = (),
+    reasoning: str = "",
+  ) -> str:
+    """See `Chat.turn_text`."""
+    gap = "\n" if self.style == "qwen" else ""
+    text = content
+    if reasoning and self.style == "qwen":
+      text = f"{THINK_OPEN}\n{reasoning}\n{THINK_CLOSE}\n\n{content}"
+    elif reasoning:
+      text = (
+        f"{tokenizer_lib.REASON_OPEN}{reasoning}{tokenizer_lib.REASON_CLOSE}"
+        + content
+      )
+    for call in calls:
+      body = json.dumps(
+        {"name": call.name, "arguments": dict(call.arguments)},
+        ensure_ascii=False,
+      )
+      text += gap if text else ""
+      text += (
+        f"{tokenizer_lib.CALL_OPEN}{gap}{body}{gap}{tokenizer_lib.CALL_CLOSE}"
+      )
+    return text
 
   def _turn_open(self, text: str) -> list[int]:
     return [

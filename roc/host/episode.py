@@ -131,7 +131,7 @@ class Episode:
       raise ValueError("the prompt must be the first thing in an episode")
     if not len(ids):
       raise ValueError("a prompt needs at least one token")
-    self._append(ids, [layout.Role.PROMPT] * len(ids), [0.0] * len(ids))
+    self._append(ids, [layout.Role.PROMPT] * len(ids))
 
   def append_model(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:
     """Adds sampled tokens with their log-probs at sampling.
@@ -149,6 +149,10 @@ class Episode:
       if not math.isfinite(value) or value > 1e-3:
         raise ValueError(f"{value} is not the log of a probability")
     self._append(ids, [layout.Role.MODEL] * len(ids), logprobs)
+
+  def append_lesson(self, ids: Sequence[int]) -> None:
+    """Adds a turn to be learnt, which nobody sampled: log-probs are 0."""
+    self._append(ids, [layout.Role.MODEL] * len(ids))
 
   def append_environment(
     self, ids: Sequence[int], roles: Sequence[int]
@@ -168,7 +172,7 @@ class Episode:
       raise ValueError(
         "the environment may only write tokens of role TOOL or TEMPLATE"
       )
-    self._append(ids, roles, [0.0] * len(ids))
+    self._append(ids, roles)
 
   def record_turn(self, turn: calls.ParsedTurn) -> None:
     """Counts a turn of the model, one cut short included; keeps its answers."""
@@ -238,15 +242,16 @@ class Episode:
     self,
     ids: Sequence[int],
     roles: Sequence[int],
-    logprobs: Sequence[float],
+    logprobs: Sequence[float] | None = None,
   ) -> None:
     if not self.token_ids and roles and roles[0] != layout.Role.PROMPT:
       raise ValueError("append_prompt must come first")
     if self.stop_reason is not None:
       raise ValueError("the episode has ended; nothing can be appended")
-    self.token_ids.extend(int(i) for i in ids)
-    self.roles.extend(int(r) for r in roles)
-    self.logprobs.extend(_shortest_float32(x) for x in logprobs)
+    self.token_ids.extend(map(int, ids))
+    self.roles.extend(map(int, roles))
+    logprobs = [0.0] * len(ids) if logprobs is None else logprobs
+    self.logprobs.extend(map(_shortest_float32, logprobs))
 
   # ---------------------------------------------------------------- JSON
 
@@ -317,12 +322,8 @@ class Episode:
           f"{where}: field {field.name!r} is malformed: {error!r}"
         ) from error
     episode = cls(**values)
-    lengths = {
-      len(episode.token_ids),
-      len(episode.roles),
-      len(episode.logprobs),
-    }
-    if len(lengths) != 1:
+    lists = (episode.token_ids, episode.roles, episode.logprobs)
+    if len(set(map(len, lists))) != 1:
       raise ValueError(
         f"{where}: token_ids, roles and logprobs must be equally long"
       )
@@ -377,13 +378,13 @@ _LIST_TYPES = {
   "logprobs": (int, float),
   "answers": str,
 }
-_OPTIONAL_NUMBER = (int, float, type(None))
+_NUMBER_OR_NONE = (int, float, type(None))
 _SCALAR_TYPES = {
   **dict.fromkeys(("task_id", "question", "gold", "kind", "why"), str),
   **dict.fromkeys(("task_index", "group_index", "rollout_id"), int),
   **dict.fromkeys(("step", "n_turns"), int),
-  **dict.fromkeys(("advantage", "p_err", "p_format"), _OPTIONAL_NUMBER),
-  "p_total": _OPTIONAL_NUMBER,
+  **dict.fromkeys(("p_err", "p_format", "p_total"), _NUMBER_OR_NONE),
+  "advantage": _NUMBER_OR_NONE,
   "kept": (bool, type(None)),
   "has_void_turn": bool,
   "reward": (int, float),
@@ -393,4 +394,4 @@ _SCALAR_TYPES = {
 
 def _shortest_float32(value: float) -> float:
   """The float with the fewest digits that is the same float32."""
-  return float(str(np.float32(value)))
+  return float(str(np.float32(value)) if value else value)

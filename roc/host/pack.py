@@ -5,7 +5,9 @@ at its rollout id, so the order in which rollouts finished cannot be seen, and a
 missing one is a row of padding that is outside its group (outcome VOID).
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -130,8 +132,43 @@ def _fill(
   arrays["reward"][at] = episode.reward
 
 
+class Lesson(Protocol):
+  """What supervised training needs of an episode."""
+
+  @property
+  def task_id(self) -> str: ...
+  @property
+  def token_ids(self) -> Sequence[int] | np.ndarray: ...
+  @property
+  def roles(self) -> Sequence[int] | np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Compact:
+  """A `Lesson` as arrays, for when there are a hundred thousand.
+
+  Attributes:
+    task_id: names it in errors.
+    token_ids: int32 [T].
+    roles: int8 [T], `Role` of each token.
+  """
+
+  task_id: str
+  token_ids: np.ndarray
+  roles: np.ndarray
+
+  @classmethod
+  def of(cls, lesson: Lesson, length: int | None = None) -> "Compact":
+    """The first `length` tokens of a lesson; by default all."""
+    return cls(
+      lesson.task_id,
+      np.array(lesson.token_ids[:length], np.int32),
+      np.array(lesson.roles[:length], np.int8),
+    )
+
+
 def sft_rows(
-  episodes: Sequence[episode_lib.Episode], length: int
+  episodes: Sequence[Lesson], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """One episode a row, padded: the plain form of supervised training data.
 
@@ -151,7 +188,7 @@ def sft_rows(
 
 
 def pack_sft(
-  episodes: Sequence[episode_lib.Episode],
+  episodes: Sequence[Lesson],
   length: int,
   *,
   max_per_row: int | None = None,
@@ -159,8 +196,8 @@ def pack_sft(
   """Several short episodes a row, so that little of a batch is padding.
 
   First fit in the given order: each episode goes to the first row with room, so
-  the same list always packs the same way. Attention must stay within equal
-  segment numbers and positions restart in each segment.
+  the same list always packs the same way, in O(n log n). Attention must stay
+  within equal segment numbers and positions restart in each segment.
 
   Args:
     episodes: demonstrations.
@@ -176,73 +213,73 @@ def pack_sft(
   Raises:
     ValueError: an episode is longer than a row.
   """
-  rows: list[list[episode_lib.Episode]] = []
-  used: list[int] = []
-  first_open = 0
-  for episode in episodes:
-    if len(episode) > length:
+  sizes = np.array([len(e.token_ids) for e in episodes], np.int64)
+  for episode, size in zip(episodes, sizes, strict=True):
+    if size > length:
       raise ValueError(
-        f"episode {episode.task_id!r} has {len(episode)} tokens; a row holds "
-        f"{length}"
+        f"episode {episode.task_id!r} has {size} tokens; a row holds {length}"
       )
-    row = _first_fit(rows, used, first_open, length - len(episode), max_per_row)
-    if row == len(rows):
-      rows.append([])
-      used.append(0)
-    rows[row].append(episode)
-    used[row] += len(episode)
-    while first_open < len(rows) and _is_full(
-      rows[first_open], used[first_open], length, max_per_row
-    ):
-      first_open += 1
-  return _fill_rows(rows, length)
+  row_of = np.array(_first_fit(sizes, length, max_per_row), np.int64)
+  return _fill_rows(episodes, sizes, row_of, length)
 
 
 def _first_fit(
-  rows: Sequence[Sequence[episode_lib.Episode]],
-  used: Sequence[int],
-  start: int,
-  most_used: int,
-  max_per_row: int | None,
-) -> int:
-  """First row from `start` with room; the number of rows if there is none."""
-  for row in range(start, len(rows)):
-    if used[row] <= most_used and (
-      max_per_row is None or len(rows[row]) < max_per_row
-    ):
-      return row
-  return len(rows)
+  sizes: np.ndarray, length: int, max_per_row: int | None
+) -> list[int]:
+  """Row of each size: the first with room, in rows that come one by one.
 
-
-def _is_full(
-  row: Sequence[episode_lib.Episode],
-  n_used: int,
-  length: int,
-  max_per_row: int | None,
-) -> bool:
-  """Whether no episode can be added, however short."""
-  return n_used >= length or (
-    max_per_row is not None and len(row) >= max_per_row
-  )
+  The room of every row that could be needed stands in the leaves of a tree
+  whose nodes know the most room below them.
+  """
+  n_leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+  room = [length] * (2 * n_leaves)
+  left = [max_per_row] * n_leaves if max_per_row is not None else None
+  rows = []
+  for size in sizes.tolist():
+    node = 1
+    while node < n_leaves:
+      node *= 2
+      node += room[node] < size
+    row = node - n_leaves
+    rows.append(row)
+    room[node] -= size
+    if left is not None:
+      left[row] -= 1
+      room[node] = room[node] if left[row] else -1
+    while node > 1:
+      node //= 2
+      room[node] = max(room[2 * node], room[2 * node + 1])
+  return rows
 
 
 def _fill_rows(
-  rows: Sequence[Sequence[episode_lib.Episode]], length: int
+  episodes: Sequence[Lesson],
+  sizes: np.ndarray,
+  row_of: np.ndarray,
+  length: int,
 ) -> dict[str, np.ndarray]:
-  shape = (len(rows), length)
-  arrays = {
-    "tokens_BT": np.zeros(shape, np.int32),
-    "roles_BT": np.zeros(shape, np.int8),
-    "segment_BT": np.zeros(shape, np.int32),
-    "position_BT": np.zeros(shape, np.int32),
-  }
-  for row, members in enumerate(rows):
-    start = 0
-    for number, episode in enumerate(members, start=1):
-      where = (row, slice(start, start + len(episode)))
-      arrays["tokens_BT"][where] = episode.token_ids
-      arrays["roles_BT"][where] = episode.roles
-      arrays["segment_BT"][where] = number
-      arrays["position_BT"][where] = np.arange(len(episode))
-      start += len(episode)
+  """Copies episodes to their rows, one behind the other."""
+  by_row = np.argsort(row_of, kind="stable")
+  sizes, row_of = sizes[by_row], row_of[by_row]
+  n_rows = int(row_of[-1]) + 1 if len(row_of) else 0
+  first = np.searchsorted(row_of, np.arange(n_rows))  # of each row's episodes
+  before = np.cumsum(sizes) - sizes
+  start = before - before[first][row_of]
+  number = np.arange(len(sizes)) - first[row_of] + 1
+  n_tokens = int(sizes.sum())
+  position = np.arange(n_tokens) - np.repeat(before, sizes)
+  at = np.repeat(row_of * length + start, sizes) + position
+  arrays = {}
+  for name, values, dtype in (
+    ("tokens_BT", [episodes[i].token_ids for i in by_row], np.int32),
+    ("roles_BT", [episodes[i].roles for i in by_row], np.int8),
+    ("segment_BT", np.repeat(number, sizes), np.int32),
+    ("position_BT", position, np.int32),
+  ):
+    if isinstance(values, list):
+      empty = np.zeros(0, dtype)
+      values = np.concatenate([empty, *(np.asarray(v, dtype) for v in values)])
+    flat = np.zeros(n_rows * length, dtype)
+    flat[at] = values
+    arrays[name] = flat.reshape(n_rows, length)
   return arrays

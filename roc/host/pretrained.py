@@ -107,7 +107,7 @@ def _templates(
       return {_DEFAULT: path.read_text(encoding="utf-8")}
     except (OSError, UnicodeDecodeError) as e:
       raise ValueError(f"{path} cannot be read: {e}") from e
-  config = config | _read_json(folder / OLD_TEMPLATE_FILE)
+  config = dict(config) | _read_json(folder / OLD_TEMPLATE_FILE)
   found = config.get("chat_template")
   if found is None:
     return {}

@@ -7,13 +7,15 @@ tool or the user answers it, is found once for the template and then appended as
 ids. `TemplateChat` refuses a template for which that is not always the same.
 """
 
-import json
+import functools
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from roc import layout
 from roc.host import chat as chat_lib
-from roc.host import templates
+from roc.host import messages as messages_lib
+from roc.host import suffixes, templates
 from roc.host import tokenizer as tokenizer_lib
 
 # Words by which a turn is found again in rendered text. The result holds what
@@ -21,27 +23,9 @@ from roc.host import tokenizer as tokenizer_lib
 _TURN = "zqturnqz"
 _USER = "zqquestionqz"
 _RESULT = 'zq"result"\n{}qz'
-
-
-class _Suffix(NamedTuple):
-  """What a template writes around the answers to a turn of the model."""
-
-  head: str
-  between: str
-  tail: str
-  is_json: bool
-
-  def parts(self, texts: Sequence[str]) -> list[tuple[str, bool]]:
-    """Pieces of the text in order, each with whether it is an answer."""
-    pieces = [(self.head, False)]
-    for i, text in enumerate(texts):
-      if i:
-        pieces.append((self.between, False))
-      pieces.append((_as_json(text) if self.is_json else text, True))
-    return [*pieces, (self.tail, False)]
-
-  def text(self, texts: Sequence[str]) -> str:
-    return "".join(piece for piece, _ in self.parts(texts))
+# Tags that a header may leave open, and what closes them.
+_THINK = (chat_lib.THINK_OPEN, f"\n{chat_lib.THINK_CLOSE}\n\n")
+_REASON = (tokenizer_lib.REASON_OPEN, f"{tokenizer_lib.REASON_CLOSE}\n")
 
 
 class TemplateChat(chat_lib.Chat):
@@ -81,6 +65,7 @@ class TemplateChat(chat_lib.Chat):
     self._user = self._find_user_suffix()
     self._tool = self._find_tool_suffix() if tools else None
     self._header = self._find_header()
+    self._opener, self._opened = self._find_opener()
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
@@ -123,11 +108,11 @@ class TemplateChat(chat_lib.Chat):
       raise ValueError("tool_suffix needs the result of at least one call")
     if self._tool is None:
       raise ValueError("a tool answers, and the chat was made without tools")
-    return self._encode(self._tool.parts(results))
+    return suffixes.encode(self._tool.parts(results), self.tokenizer)
 
   def user_suffix(self, text: str) -> tuple[list[int], list[int]]:
     """See `Chat.user_suffix`."""
-    ids, roles = self._encode(self._user.parts([text]))
+    ids, roles = suffixes.encode(self._user.parts([text]), self.tokenizer)
     return ids, [int(layout.Role.TEMPLATE)] * len(roles)
 
   def assistant_ids(self, text: str) -> list[int]:
@@ -137,6 +122,45 @@ class TemplateChat(chat_lib.Chat):
       if text.startswith(opened) and "<" in opened:
         return super().assistant_ids(text[n:])
     return super().assistant_ids(text)
+
+  def turn_text(
+    self,
+    content: str,
+    calls: Sequence[messages_lib.Call] = (),
+    reasoning: str = "",
+  ) -> str:
+    """See `Chat.turn_text`: as the template writes the last turn.
+
+    What the template opens for the model (`<think>`) is closed behind the
+    reasoning, even if that is empty.
+    """
+    turn: dict[str, Any] = {"role": "assistant", "content": content}
+    if reasoning:
+      turn["reasoning_content"] = reasoning
+    if calls:
+      turn["tool_calls"] = [
+        {
+          "type": "function",
+          "id": f"call{i:05d}",
+          "function": {"name": c.name, "arguments": dict(c.arguments)},
+        }
+        for i, c in enumerate(calls)
+      ]
+    text = self._last_turn(turn)
+    has_reasoning = not reasoning or reasoning.strip() in text
+    if not text.startswith(self._opened):
+      for tags in (_THINK, _REASON):
+        if tags[0] in self._opened:
+          text = f"{self._opened}{reasoning}{tags[1]}{text}"
+          has_reasoning = True
+    if not has_reasoning or not text.startswith(self._opened):
+      raise ValueError(
+        "the chat template has no place for reasoning; put it into the content"
+        if reasoning
+        else f"the chat template begins a turn with {self._opened!r}, which"
+        " this one does not go on from"
+      )
+    return text
 
   # ------------------------------------------------- what the template does
 
@@ -222,11 +246,11 @@ class TemplateChat(chat_lib.Chat):
       )
     return after
 
-  def _find_user_suffix(self) -> _Suffix:
+  def _find_user_suffix(self) -> suffixes.Suffix:
     answer = {"role": "user", "content": _USER}
     return self._find_suffix([answer], [_USER], is_call=False)
 
-  def _find_tool_suffix(self) -> _Suffix:
+  def _find_tool_suffix(self) -> suffixes.Suffix:
     """Also for several results; tried without `tool_calls` before, and with."""
     texts = [_RESULT.format(i) for i in range(3)]
     answers = [self._answer(text) for text in texts]
@@ -239,7 +263,7 @@ class TemplateChat(chat_lib.Chat):
     find = lambda n: self._after_turn_end(
       self._behind(short, answers[:n], is_call=True)
     )
-    shown = [_as_json(t) if one.is_json else t for t in texts]
+    shown = [suffixes.as_json(t) if one.is_json else t for t in texts]
     start, end = one.head + shown[0], shown[1] + one.tail
     two = find(2)
     if two.startswith(start) and two.endswith(end):
@@ -257,7 +281,7 @@ class TemplateChat(chat_lib.Chat):
     texts: Sequence[str],
     *,
     is_call: bool,
-  ) -> _Suffix:
+  ) -> suffixes.Suffix:
     """What stands around one answer, the same behind every history.
 
     Raises:
@@ -267,10 +291,13 @@ class TemplateChat(chat_lib.Chat):
     for history in self._histories():
       rest = self._behind(history, answers, is_call=is_call)
       rest = self._after_turn_end(rest)
-      for is_json, text in ((False, texts[0]), (True, _as_json(texts[0]))):
+      for is_json, text in (
+        (False, texts[0]),
+        (True, suffixes.as_json(texts[0])),
+      ):
         if text in rest:
           head, _, tail = rest.partition(text)
-          found.add(_Suffix(head, "", tail, is_json))
+          found.add(suffixes.Suffix(head, "", tail, is_json))
           break
       else:
         raise ValueError(
@@ -297,38 +324,39 @@ class TemplateChat(chat_lib.Chat):
       )
     return opened[len(closed) :]
 
-  def _encode(
-    self, parts: Sequence[tuple[str, bool]]
-  ) -> tuple[list[int], list[int]]:
-    """Ids and roles; text up to the next tag is encoded in one go."""
-    ids: list[int] = []
-    roles: list[int] = []
-    run, has_answer = "", False
+  def _find_opener(self) -> tuple[str, str]:
+    """The part of the header that every turn of the model begins with, and the
+    rest of it, which the model goes on from.
+    """
+    body = self._written({"role": "assistant", "content": _TURN})
+    opener = os.path.commonprefix([self._header, body.partition(_TURN)[0]])
+    return opener, self._header[len(opener) :]
 
-    def add(new: list[int], role: layout.Role) -> None:
-      ids.extend(new)
-      roles.extend([int(role)] * len(new))
-
-    def end_run() -> None:
-      role = layout.Role.TOOL if has_answer else layout.Role.TEMPLATE
-      add(self.tokenizer.encode(run), role)
-
-    for text, is_answer in parts:
-      pieces = (
-        self.tokenizer.split_tags(text) if not is_answer else [(None, text)]
+  def _written(self, turn: dict[str, Any]) -> str:
+    """What a turn adds to a conversation that it ends."""
+    text = self._text([*self._histories()[0], turn])
+    if not text.startswith(self._before):
+      raise ValueError(
+        "the chat template changes the conversation when the model has spoken;"
+        " use another one, such as rstar2"
       )
-      for tag, piece in pieces:
-        if tag is None:
-          run += piece
-          has_answer = has_answer or is_answer
-          continue
-        end_run()
-        run, has_answer = "", False
-        add([self.tokenizer.special_id(tag)], layout.Role.TEMPLATE)
-    end_run()
-    return ids, roles
+    return text[len(self._before) :]
 
+  @functools.cached_property
+  def _before(self) -> str:
+    """The shortest conversation in which the model is to speak."""
+    return self._text(self._histories()[0])
 
-def _as_json(text: str) -> str:
-  """How text stands inside the quotes of JSON."""
-  return json.dumps(text, ensure_ascii=False)[1:-1]
+  def _text(self, turns: Sequence[templates.Message]) -> str:
+    return self._template.text(turns, self._tools, **self._arguments)
+
+  def _last_turn(self, turn: dict[str, Any]) -> str:
+    """A turn without what opens it and what ends it."""
+    text, found, _ = self._written(turn).rpartition(self._turn_end)
+    if not found or not text.startswith(self._opener):
+      raise ValueError(
+        f"the chat template opens each turn of the model with {self._opener!r}"
+        " and would not open this one so; leave out its reasoning, or set the"
+        " template's arguments (enable_thinking) to let the model reason"
+      )
+    return text[len(self._opener) :]

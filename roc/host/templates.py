@@ -11,6 +11,7 @@ spelling before rendering and taken out when the text between the real tags is
 encoded.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,8 @@ class ChatTemplate:
   ):
     self.tokenizer = tokenizer
     self._name = name
+    # The system text is the same in every prompt, and long.
+    self._encode = functools.lru_cache(maxsize=64)(tokenizer.encode)
     try:
       self._template = _environment().from_string(text)
     except jinja2.TemplateSyntaxError as e:
@@ -80,25 +83,47 @@ class ChatTemplate:
     Raises:
       ValueError: the template does not take these messages; says why.
     """
+    text, mark = self._written(messages, tools, arguments)
+    ids = []
+    for tag, piece in self.tokenizer.split_tags(text):
+      if tag is None:
+        ids += self._encode(piece.replace(mark, ""))
+      else:
+        ids.append(self.tokenizer.special_id(tag))
+    return text.replace(mark, ""), ids
+
+  def text(
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+    **arguments: Any,
+  ) -> str:
+    """The text of `render` alone."""
+    text, mark = self._written(messages, tools, arguments)
+    return text.replace(mark, "")
+
+  def _written(
+    self,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+  ) -> tuple[str, str]:
+    """The text, and the character that spoils tags in it that are not ours."""
     mark = _unused_character(messages)
-    guarded = self._guard(messages, mark)
+    variables: dict[str, Any] = {
+      **self.tokenizer.published.named_tokens,
+      "add_generation_prompt": False,
+      **arguments,
+    }
     try:
       text = self._template.render(
-        **self.tokenizer.published.named_tokens
-        | {"add_generation_prompt": False}
-        | arguments,
-        messages=guarded,
+        **variables,
+        messages=self._guard(messages, mark),
         tools=list(tools) or None,
       )
     except Exception as e:  # whatever a template's expressions raise
       raise ValueError(f"{self._name} cannot render the messages: {e}") from e
-    ids = []
-    for tag, piece in self.tokenizer.split_tags(text):
-      if tag is None:
-        ids += self.tokenizer.encode(piece.replace(mark, ""))
-      else:
-        ids.append(self.tokenizer.special_id(tag))
-    return text.replace(mark, ""), ids
+    return text, mark
 
   def _guard(self, messages: Sequence[Message], mark: str) -> list[Any]:
     """A copy in which text that is not ours spells no tag."""
@@ -171,7 +196,8 @@ def _environment() -> jinja2.Environment:
     extensions=[_Generation, jinja2.ext.loopcontrols],
   )
   environment.filters["tojson"] = _to_json
-  environment.globals["raise_exception"] = _raise
+  names: dict[str, Any] = environment.globals
+  names["raise_exception"] = _raise
   return environment
 
 
