@@ -9,6 +9,7 @@ code 2; programs are imported only when they run, so that `--help` is quick.
 import dataclasses
 import errno
 import importlib
+import os
 import pathlib
 import shlex
 import sys
@@ -98,6 +99,12 @@ COMMANDS = {
     "export --workdir=runs/quickstart --output=models/quickstart",
     "own",
   ),
+  "filter": Command(
+    "apply resample on correct to rollouts in files; show what it keeps",
+    "Its own --help tells more.",
+    "filter runs/quickstart/rollouts/step_000001.jsonl --all",
+    "own",
+  ),
   "score": Command(
     "log-probs and entropies of given tokens under a Hugging Face model",
     "Its own --help tells more.",
@@ -128,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
+  except BrokenPipeError:
+    # Whoever read the output has enough, as in `... | head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except KeyboardInterrupt:
     again = shlex.join(["python", "-m", "roc.main", *argv])
     print(

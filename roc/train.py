@@ -31,16 +31,13 @@ from roc import (
 )
 from roc import config as config_lib
 from roc import progress as progress_lib
-from roc.core import metrics
+from roc.core import metrics, resample
 from roc.core import trajectories as trajectories_lib
 from roc.device import checkpoint, optim, selection
 from roc.device import step as step_lib
 from roc.host import episode as episode_lib
 from roc.host import pack, tools, traces
 from roc.host import tokenizer as tokenizer_lib
-
-# Salt of the filter's random stream, apart from those of sampling.
-_FILTER_STREAM = 1
 
 
 @dataclasses.dataclass
@@ -185,9 +182,9 @@ class Trainer:
       n_calls=self.cfg.sampling.max_calls,
       length=pack.bucket_length(longest, self.cfg.train.buckets),
     )
-    key = jax.random.fold_in(jax.random.key(self.cfg.seed), _FILTER_STREAM)
     selected = self._select(
-      trajectories_lib.Trajectories(**arrays), jax.random.fold_in(key, step)
+      trajectories_lib.Trajectories(**arrays),
+      resample.step_key(self.cfg.seed, step),
     )
     traces.annotate(
       groups,

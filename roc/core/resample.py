@@ -28,6 +28,8 @@ import jax.numpy as jnp
 from roc import layout
 
 MODES = ("sort", "inverse", "uniform", "none")
+# Salt of the random stream, apart from those of sampling.
+_STREAM = 1
 
 
 def _status_bits(statuses) -> int:
@@ -97,7 +99,23 @@ def penalties(
   Returns:
     `Penalties`, float32: p_err and p_format in [0, 1], p_total in [0, 2].
   """
-  n_judged_NO, n_failed_NO = count_calls(tool_status_NOC)
+  return count_penalties(count_calls(tool_status_NOC), n_answers_NO, n_turns_NO)
+
+
+def count_penalties(
+  calls: CallCounts, n_answers_NO: jax.Array, n_turns_NO: jax.Array
+) -> Penalties:
+  """`penalties` of calls that are counted already.
+
+  Args:
+    calls: int [N, O], judged calls and the failed ones among them.
+    n_answers_NO: int [N, O], well-formed answers.
+    n_turns_NO: int [N, O], turns of the model; 0 is taken as 1.
+
+  Returns:
+    `Penalties`, float32 [N, O] each.
+  """
+  n_judged_NO, n_failed_NO = calls
   p_err_NO = jnp.where(
     n_judged_NO > 0,
     n_failed_NO.astype(jnp.float32)
@@ -238,6 +256,13 @@ def _rank_NO(
   )
   is_peer_NOO = class_NO[:, :, None] == class_NO[:, None, :]
   return jnp.sum(comes_before_NOO & is_peer_NOO, axis=-1, dtype=jnp.int32)
+
+
+def step_key(seed: int, step: int | jax.Array) -> jax.Array:
+  """The PRNG key that a run with this seed chooses with at a step."""
+  return jax.random.fold_in(
+    jax.random.fold_in(jax.random.key(seed), _STREAM), step
+  )
 
 
 def _check(mode, key, n_rollouts, n_keep, min_pos, min_neg, eps) -> None:

@@ -42,18 +42,41 @@ def annotate(
       e.advantage = float(advantage_NO[at])
       e.p_err, e.p_format = float(p_err_NO[at]), float(p_format_NO[at])
       e.p_total = e.p_err + e.p_format
-      e.why = _reason(e, bool(keep_NO[at]), e.kept, bool(keep_NO[n].any()))
+      e.why = reason(
+        e.outcome,
+        e.p_total,
+        is_chosen=bool(keep_NO[at]),
+        is_live=e.kept,
+        has_group=bool(keep_NO[n].any()),
+      )
 
 
-def _reason(
-  e: episode_lib.Episode, is_chosen: bool, is_live: bool, has_group: bool
+def reason(
+  outcome: layout.Outcome,
+  p_total: float,
+  *,
+  is_chosen: bool,
+  is_live: bool,
+  has_group: bool,
 ) -> str:
-  if e.outcome == layout.Outcome.VOID:
+  """Says why a rollout is kept or dropped.
+
+  Args:
+    outcome: of the rollout.
+    p_total: its penalty.
+    is_chosen: the resampler chose it.
+    is_live: and no row filter left it out.
+    has_group: the resampler chose something of its group.
+
+  Returns:
+    `kept: ...`, `dropped: ...` or `outside: ...`.
+  """
+  if outcome == layout.Outcome.VOID:
     return "outside: the environment failed"
   if not has_group:
     return "dropped: too few rollouts of the group are left"
-  is_correct = e.outcome == layout.Outcome.CORRECT
-  what = f"correct, p {e.p_total:.2f}" if is_correct else "wrong"
+  is_correct = outcome == layout.Outcome.CORRECT
+  what = f"correct, p {p_total:.2f}" if is_correct else "wrong"
   if is_live:
     return f"kept: {what}"
   if is_chosen:
