@@ -41,9 +41,10 @@ class Command:
 
 COMMANDS = {
   "sft": Command(
-    "teach a new model the format on scripted demonstrations",
-    "Runs demonstrations through the real sandbox and trains a fresh model on"
-    " them. Start it again to go on from the last checkpoint.",
+    "teach a model to call the tool, from conversations or demonstrations",
+    "Trains on the conversations of config.sft.data. Without any it runs"
+    " scripted demonstrations through the real sandbox and trains on those."
+    " Start it again to go on from the last checkpoint.",
     "sft --config=experiments/quickstart.py --workdir=runs/quickstart/sft",
   ),
   "train": Command(
@@ -109,6 +110,12 @@ COMMANDS = {
     "log-probs and entropies of given tokens under a Hugging Face model",
     "Its own --help tells more.",
     "score --model=DIR --input=FILE.jsonl",
+    "own",
+  ),
+  "convert": Command(
+    "solutions of a data set as conversations that call the tool",
+    "Its own --help tells more.",
+    "convert gsm8k --input=FILE.jsonl --output=FILE.jsonl",
     "own",
   ),
   "sandbox": Command(
