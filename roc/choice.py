@@ -55,7 +55,7 @@ def sizes(rollouts: groups_lib.Rollouts) -> np.ndarray:
   return np.bincount(rollouts.group, minlength=len(rollouts.groups))
 
 
-def n_kept(size: np.ndarray, n_kept: int | None) -> np.ndarray:
+def places(size: np.ndarray, n_kept: int | None) -> np.ndarray:
   """G of groups of these sizes."""
   return np.maximum(size // 2, 2) if n_kept is None else 0 * size + n_kept
 
@@ -87,14 +87,12 @@ def choose(
     lines. Groups that have fewer than G rollouts that are not VOID keep none.
   """
   size = sizes(rollouts)
-  kept_of = size if rule.mode == "none" else n_kept(size, rule.n_kept)
   order = np.lexsort((rollouts.rollout_id, rollouts.group))
   start = np.cumsum(size) - size
   keep = np.zeros(len(rollouts), bool)
   # A power of two, so that few shapes are compiled.
   width = 1 << np.ceil(np.log2(np.maximum(size, 2))).astype(int)
-  if rule.mode == "none":
-    kept_of = width
+  kept_of = width if rule.mode == "none" else places(size, rule.n_kept)
   for G, wide in sorted(
     set(zip(kept_of.tolist(), width.tolist(), strict=True))
   ):
@@ -124,7 +122,7 @@ def _choose_part(
   n_rows = shape[0]
   outcome_NO = np.full(shape, layout.Outcome.VOID, np.int8)
   p_total_NO = np.zeros(shape, np.float32)
-  # Distinct ids of the padding matter to nobody.
+  # Padding is VOID: its ids meet nobody's.
   rollout_id_NO = np.zeros(shape, np.int32)
   outcome_NO[where] = rollouts.outcome[at]
   p_total_NO[where] = p_total[at]

@@ -46,7 +46,14 @@ def main(argv: Sequence[str]) -> int:
   paths = _paths(values.files)
   _check_targets(values, paths)
   rollouts = groups_lib.read(paths, is_lenient=values.skip_bad)
-  rollouts = _without_small(rollouts, values)
+  if rollouts.n_bad_lines:
+    print(
+      f"passed over {rollouts.n_bad_lines} bad lines, such as"
+      f" {rollouts.bad_lines[0]}",
+      file=sys.stderr,
+    )
+  if modes != ["none"]:
+    rollouts = _without_small(rollouts, values)
   found = _find(rollouts, modes, values)
   if values.output:
     _write_kept(pathlib.Path(values.output), found, modes[0])
@@ -208,9 +215,13 @@ def _without_small(
 ) -> groups_lib.Rollouts:
   """Refuses groups of fewer than G rollouts, or leaves them out."""
   size = choice.sizes(rollouts)
-  is_small = size < choice.n_kept(size, values.kept)
+  is_small = size < choice.places(size, values.kept)
   if values.skip_bad:
-    _say_skipped(rollouts, int(is_small.sum()))
+    if is_small.any():
+      print(
+        f"passed over {is_small.sum()} groups that are too small",
+        file=sys.stderr,
+      )
     if is_small.all():
       raise errors.UserError(
         f"filter: no group of {rollouts.paths[0]} is large enough; lower --kept"
@@ -219,7 +230,7 @@ def _without_small(
   if is_small.any():
     n = int(np.argmax(is_small))
     first = int(np.argmax(rollouts.group == n))
-    G = int(choice.n_kept(size, values.kept)[n])
+    G = int(choice.places(size, values.kept)[n])
     lower = "" if values.kept in (None, 2) else "lower --kept, or "
     raise errors.UserError(
       f"{rollouts.place(first)}: group {rollouts.groups[n].name} has"
@@ -227,17 +238,6 @@ def _without_small(
       f" {lower}leave such groups out with --skip-bad"
     )
   return rollouts
-
-
-def _say_skipped(rollouts: groups_lib.Rollouts, n_small: int) -> None:
-  if rollouts.n_bad_lines:
-    print(
-      f"passed over {rollouts.n_bad_lines} bad lines, such as"
-      f" {rollouts.bad_lines[0]}",
-      file=sys.stderr,
-    )
-  if n_small:
-    print(f"passed over {n_small} groups that are too small", file=sys.stderr)
 
 
 # ------------------------------------------------------------------- choosing
@@ -260,7 +260,7 @@ def _find(
     )
     for mode in modes
   }  # fmt: skip
-  n_kept = choice.n_kept(choice.sizes(rollouts), values.kept)
+  n_kept = choice.places(choice.sizes(rollouts), values.kept)
   return filter_report.Found(rollouts, penalties, keep, n_kept)
 
 
@@ -286,7 +286,10 @@ def _print_tables(found: filter_report.Found) -> None:
     f" tool calls{void}"
   )
   for scope in filter_report.SCOPES:
-    console.print(filter_report.mode_table(found, scope))
+    if found.in_scope(scope).any():
+      console.print(filter_report.mode_table(found, scope))
+    else:
+      console.print("no group has correct and wrong rollouts")
   quotas = filter_report.quota_table(found)
   if quotas is not None:
     console.print(quotas)

@@ -55,7 +55,7 @@ def _draw_shares(
   plots.finish(
     ax, f"Failing calls in {sign} rollouts", xlabel="", has_legend=False
   )
-  ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+  ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
   _name_ticks(ax, names)
 
 

@@ -1,8 +1,11 @@
 """`roc.main filter`: the trainer's choice, figures by hand, mistakes."""
 
+import functools
 import gzip
 import json
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -88,17 +91,26 @@ def make_episode(rng, task_index, rollout_id, at_step=3):
   return e
 
 
+def _members(read, name):
+  """Places of a group's rollouts, by id."""
+  n = [g.name for g in read.groups].index(name)
+  at = np.flatnonzero(read.group == n)
+  return at[np.argsort(read.rollout_id[at])]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_choice_is_the_trainer_s(tmp_path, mode):
   rng = random.Random(0)
   drawn = [[make_episode(rng, 40 + n, o) for o in range(8)] for n in range(30)]
   arrays = pack.pack(drawn, n_rollouts=8, n_calls=4, length=8)
-  selected = selection.select(
-    trajectories.Trajectories(**arrays),
-    resample.step_key(seed=5, step=3),
-    selection.FilterConfig(mode=mode, n_drawn=8, n_kept=4, eps=0.05),
-    step.LossConfig(),
+  select = functools.partial(
+    selection.select,
+    filter_config=selection.FilterConfig(mode, n_drawn=8, n_kept=4, eps=0.05),
+    loss_config=step.LossConfig(),
     max_tokens=8,
+  )
+  selected = jax.jit(select)(
+    trajectories.Trajectories(**arrays), resample.step_key(seed=5, step=3)
   )
   lines = [e.to_json() for g in drawn for e in g]
   rng.shuffle(lines)
@@ -107,10 +119,8 @@ def test_the_choice_is_the_trainer_s(tmp_path, mode):
   read = groups.read([path])
   found = choice.penalties(read)
   keep = choice.choose(read, found.p_total, choice.Rule(mode, 4, 5, 0.05))
-  names = [g.name for g in read.groups]
   for n, group in enumerate(drawn):
-    at = np.flatnonzero(read.group == names.index(f"3:{group[0].task_index}"))
-    at = at[np.argsort(read.rollout_id[at])]
+    at = _members(read, f"3:{group[0].task_index}")
     np.testing.assert_array_equal(keep[at], selected.keep_NO[n])
     for name in ("p_err", "p_format", "p_total"):
       expected = getattr(selected.penalties, f"{name}_NO")[n]
@@ -122,25 +132,26 @@ def test_groups_of_unequal_size_are_chosen_as_each_alone(tmp_path, mode):
   rng = random.Random(1)
   rows = [
     minimal(n, rng.random() < 0.5, 4, rng.randint(0, 4), rollout=o)
-    for n in range(12)
-    for o in range((2, 3, 5, 9)[n % 4])
+    for n in range(30)
+    for o in range((2, 5, 9)[n % 3])
   ]
   rng.shuffle(rows)
   read = groups.read([write(tmp_path / "a.jsonl", rows)])
   p_total = choice.penalties(read).p_total
   keep = choice.choose(read, p_total, choice.Rule(mode, seed=2))
-  for n, group in enumerate(read.groups):
-    at = np.flatnonzero(read.group == n)
-    expected = resample.resample(
-      mode,
+  stream = {g.name: g.stream_id for g in read.groups}
+  for first, size in enumerate((2, 5, 9)):
+    names = [str(n) for n in range(first, 30, 3)]
+    at_NO = np.stack([_members(read, name) for name in names])
+    alike = functools.partial(resample.resample, mode, n_keep=max(2, size // 2))
+    expected_NO = jax.jit(alike)(
       resample.step_key(2, 0),
-      read.outcome[None, at],
-      p_total[None, at],
-      n_keep=max(2, len(at) // 2),
-      rollout_id_NO=read.rollout_id[None, at],
-      group_id_N=np.array([group.stream_id]),
+      read.outcome[at_NO],
+      p_total[at_NO],
+      rollout_id_NO=read.rollout_id[at_NO],
+      group_id_N=np.array([stream[name] for name in names]),
     )
-    np.testing.assert_array_equal(keep[at], np.asarray(expected)[0])
+    np.testing.assert_array_equal(keep[at_NO], expected_NO)
 
 
 def test_transcripts_by_hand(tmp_path, capsys):
@@ -421,3 +432,27 @@ def test_the_seed_draws_and_sort_does_not(tmp_path, capsys):
 def test_step_key_is_a_stream_of_its_own():
   at = lambda *a: jax.random.key_data(resample.step_key(*a)).tolist()
   assert len({tuple(at(s, t)) for s in (0, 1) for t in (0, 1, 2)}) == 6
+
+
+def test_whoever_reads_the_output_may_stop(tmp_path):
+  path = write(tmp_path / "a.jsonl", [minimal(n // 2, n % 2) for n in range(4)])
+  command = [sys.executable, "-m", "roc.main", "filter", str(path), "--json"]
+  child = subprocess.Popen(
+    command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  child.stdout.close()
+  assert child.stderr.read() == b""
+  child.stderr.close()
+  assert child.wait(timeout=60) == 0
+
+
+def test_no_group_is_mixed(tmp_path, capsys):
+  rows = [minimal("a", True), minimal("a", True)]
+  code, out, _ = run(capsys, write(tmp_path / "a.jsonl", rows))
+  assert code == 0 and "no group has correct and wrong rollouts" in out
+
+
+def test_mode_none_takes_groups_of_one(tmp_path, capsys):
+  path = write(tmp_path / "a.jsonl", [minimal(n, n % 2) for n in range(3)])
+  first = rows_of(capsys, path, "--mode=none")[0]
+  assert (first["groups"], first["kept"]) == (3, 3)
