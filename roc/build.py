@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import types
@@ -23,9 +24,15 @@ from roc.device import (
   sharding,
 )
 from roc.device import step as step_lib
-from roc.host import tools
+from roc.host import golds, tools
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
+
+
+def cache_directory() -> pathlib.Path:
+  """Where what can be made again is kept between runs."""
+  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(cache) / "roc"
 
 
 def use_compilation_cache() -> None:
@@ -36,19 +43,45 @@ def use_compilation_cache() -> None:
   """
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
-  cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  directory = pathlib.Path(cache) / "roc" / "xla"
-  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
 
 
 def host_parts(cfg: config_lib.Config) -> wiring.HostParts:
-  """The host side that the config's gin files and bindings describe."""
-  return wiring.build_host(
+  """The host side that the config's gin files and bindings describe.
+
+  Says what its tasks leave out.
+  """
+  host = wiring.build_host(
     cfg.host.gin_files,
     cfg.host.gin_bindings,
     seed=cfg.seed,
     pretrained=pretrained.folder(cfg) if cfg.pretrained else None,
   )
+  for task in (host.train_task, host.eval_task):
+    for note in getattr(task, "notes", ()):
+      say(note)
+  return host
+
+
+def check_answers(host: wiring.HostParts, sandbox: Any) -> None:
+  """Says which right answers the verifier cannot read, or leaves them out.
+
+  Raises:
+    errors.UserError: there are some, and the task is told to refuse them.
+  """
+  if not host.reads_mathematics:
+    return
+  find = functools.partial(
+    golds.find_unreadable, sandbox=sandbox, cache=cache_directory() / "golds"
+  )
+  for task in (host.train_task, host.eval_task):
+    if not hasattr(task, "check_answers"):
+      continue
+    try:
+      for note in task.check_answers(find):  # pyrefly: ignore
+        say(note)
+    except ValueError as e:
+      raise errors.UserError(str(e)) from e
 
 
 def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:

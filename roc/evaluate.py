@@ -231,6 +231,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     build.started_sandbox(host) as sandbox,
     progress_lib.Progress("evaluate", n_all, is_shown=cfg.log.progress) as bar,
   ):
+    build.check_answers(host, sandbox)
     evaluator = Evaluator(cfg, policy, host, host.make_toolbox(sandbox))
     row, groups = evaluator.run(
       loaded.params, on_finished=lambda n, _: bar.update(n)

@@ -306,6 +306,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   )
   with claim, build.started_sandbox(host) as sandbox:
     claim.note(sandbox=sandbox.info())
+    build.check_answers(host, sandbox)
     toolbox = host.make_toolbox(sandbox)
     trainer = Trainer(cfg, host, toolbox, policy, learner, saved)
 

@@ -24,11 +24,18 @@ import gin
 
 from roc import errors
 from roc.host import chat as chat_lib
+from roc.host import gym_score, rewards, template_chat, tools, verify
 from roc.host import pretrained as pretrained_lib
-from roc.host import rewards, template_chat, tools, verify
 from roc.host import sandbox as sandbox_lib
 from roc.host import tokenizer as tokenizer_lib
-from roc.host.tasks import arithmetic, demonstrations, jsonl, problem
+from roc.host.tasks import (
+  arithmetic,
+  demonstrations,
+  files,
+  gym,
+  mixture,
+  problem,
+)
 
 _SCOPES = ("", "train", "eval")
 
@@ -45,6 +52,7 @@ class HostParts:
   limits: Any  # sandbox.Limits of a tool call
   make_sandbox: Callable[[], Any]  # a context manager that starts it
   make_score: Callable[[Any], rewards.Score]  # from a started sandbox
+  reads_mathematics: bool  # the score needs right answers that can be parsed
   make_toolbox: Callable[[Any], tools.Toolbox]  # from a started sandbox
   gin_text: str  # every binding, for config.gin
 
@@ -81,8 +89,8 @@ def host(
     limits: what a tool call may use.
     sandbox: makes the sandbox from `limits` and `seed`.
     toolbox: makes the tools from a sandbox.
-    score: makes what judges answers from a sandbox: `@exact_score` or
-      `@math_score`.
+    score: makes what judges answers from a sandbox: `@exact_score`,
+      `@math_score` or `@gym_score`.
   """
   if tokenizer is None and pretrained is not None:
     tokenizer = _part("load_tokenizer")(pretrained)
@@ -93,6 +101,7 @@ def host(
     _part("ArithmeticTask"), split="heldout"
   )
   limits = limits or _part("Limits")()
+  score = score or _part("exact_score")
   make_sandbox = functools.partial(
     _settled(sandbox or _part("Sandbox")), limits=limits, seed=seed
   )
@@ -109,7 +118,8 @@ def host(
     rates=rates or _part("MessRates")(),
     limits=limits,
     make_sandbox=make_sandbox,
-    make_score=_settled(score or _part("exact_score")),
+    make_score=_settled(score),
+    reads_mathematics=score is _part("math_score"),
     make_toolbox=make_toolbox,
     gin_text="",
   )
@@ -158,7 +168,9 @@ def parts() -> dict[str, dict[str, inspect.Parameter]]:
     (chat_lib.ChatFormat, "ChatFormat", "tokenizer"),
     (template_chat.TemplateChat, "TemplateChat", "tokenizer", "tools"),
     (arithmetic.ArithmeticTask, "ArithmeticTask", "seed"),
-    (jsonl.JsonlTask, "JsonlTask", "seed"),
+    (files.FileTask, "FileTask", "seed"),
+    (mixture.MixedTask, "MixedTask", "seed"),
+    (gym.GymTask, "GymTask", "seed"),
     (demonstrations.MessRates, "MessRates"),
     (sandbox_lib.Limits, "Limits"),
     (sandbox_lib.Sandbox, "Sandbox", "limits", "seed"),
@@ -166,6 +178,7 @@ def parts() -> dict[str, dict[str, inspect.Parameter]]:
     (tools.Toolbox, "Toolbox", "sandbox"),
     (rewards.exact_score, "exact_score", "sandbox"),
     (verify.math_score, "math_score", "sandbox"),
+    (gym_score.gym_score, "gym_score", "sandbox"),
   ):
     gin.external_configurable(part, name, denylist=passed_in)
     parameters = inspect.signature(part).parameters

@@ -220,8 +220,8 @@ def test_training_problems_and_a_file_of_problems(workdir, tmp_path, compiled):
   tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
   argv = [
     *("rollout", f"--workdir={workdir}"),
-    "--config.host.gin_bindings=host.eval_task = @eval/JsonlTask",
-    f"--config.host.gin_bindings=eval/JsonlTask.path = '{tasks}'",
+    "--config.host.gin_bindings=host.eval_task = @eval/FileTask",
+    f"--config.host.gin_bindings=eval/FileTask.path = '{tasks}'",
   ]
   assert main.main(argv) == 0
   folder = workdir / "rollouts" / "collect_eval"
@@ -320,8 +320,8 @@ def test_mistaken_command_lines(workdir, tmp_path, capsys):
   err = fails(
     capsys,
     here,
-    "--config.host.gin_bindings=host.eval_task = @eval/JsonlTask",
-    f"--config.host.gin_bindings=eval/JsonlTask.path = '{tasks}'",
+    "--config.host.gin_bindings=host.eval_task = @eval/FileTask",
+    f"--config.host.gin_bindings=eval/FileTask.path = '{tasks}'",
   )
   assert "is 4, and the eval task ends after 1; lower" in err
 

@@ -112,7 +112,7 @@ def test_the_runs_seed_orders_training_and_not_evaluation():
     ("math_score.cpu_s = 'x'", "math_score.cpu_s must be float, got 'x'"),
     ("host.score = @maths_score", r"did you mean math_score\?"),
     ("ArithmeticTask.seed = 3", "denylisted kwarg 'seed'"),
-    ("host.train_task = @JsonlTask", "missing 1 required .* 'path'"),
+    ("host.train_task = @FileTask", "missing 1 required .* 'path'"),
     ("half a statement", "`half a statement`: Couldn't parse"),
     ("import no_such_module", "No module named 'no_such_module'"),
   ],
@@ -126,7 +126,7 @@ def test_mistakes_are_one_sentence(binding, text):
 def test_a_missing_task_file_is_named(tmp_path):
   path = str(tmp_path / "rows.jsonl")
   with pytest.raises(errors.UserError, match="rows.jsonl"):
-    build("host.train_task = @JsonlTask", f"JsonlTask.path = {path!r}")
+    build("host.train_task = @FileTask", f"FileTask.path = {path!r}")
 
 
 def test_mistakes_in_files_name_the_line(tmp_path):

@@ -2,7 +2,8 @@
 
 The sandbox runs this text, one process a check; nothing imports it. It reads
 {"conditions": [[[gold, answer], ...], ...]} on stdin and prints one line of
-JSON: all conditions must hold, by one of their pairs each.
+JSON: all conditions must hold, by one of their pairs each. {"batch": [...]}
+holds many such conditions, and the verdicts come in a list.
 
 Answers are data here and never code. They are parsed as LaTeX by a grammar;
 sympy's own parser, which evaluates Python and which the grammar reaches with
@@ -47,7 +48,11 @@ def main() -> None:
   out, sys.stdout = sys.stdout, io.StringIO()
   guard_parser()
   question = json.loads(sys.stdin.read())
-  out.write(json.dumps(answer_question(question["conditions"])) + "\n")
+  if "batch" in question:
+    verdicts = [answer_question(one) for one in question["batch"]]
+    out.write(json.dumps({"verdicts": verdicts}) + "\n")
+  else:
+    out.write(json.dumps(answer_question(question["conditions"])) + "\n")
   out.flush()
 
 

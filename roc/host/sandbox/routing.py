@@ -11,9 +11,10 @@ IMAGES: dict[str, tuple[str, ...]] = {
   BARE: (),
   "maths": ("numpy", "sympy", "scipy", "mpmath"),
   "verify": ("math_verify", "sympy.physics.units"),
+  "gym": ("reasoning_gym",),  # an optional extra
 }
 # Loaded when they are first asked for, since most runs never do.
-LAZY = frozenset({"verify"})
+LAZY = frozenset({"verify", "gym"})
 
 _IMPORT = re.compile(
   r"""
