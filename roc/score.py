@@ -152,7 +152,7 @@ def score(
   def run(params, ids_BT, next_BT):
     hidden_BTD = policy.hidden(params, ids_BT)
     return logprobs.token_logprobs(
-      hidden_BTD, policy.unembedding(params), next_BT
+      hidden_BTD, policy.unembedding(params), next_BT, dtype=policy.dtype
     )
 
   start = 0

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
+from roc.core import products
+
 _NO_SHARE = -1e30
 
 
@@ -25,6 +27,7 @@ def token_logprobs(
   chunk: int = ...,
   temperature: float = ...,
   n_ids: int = ...,
+  dtype: jax.typing.DTypeLike | None = ...,
   with_entropy: Literal[True] = ...,
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -38,6 +41,7 @@ def token_logprobs(
   chunk: int = ...,
   temperature: float = ...,
   n_ids: int = ...,
+  dtype: jax.typing.DTypeLike | None = ...,
   with_entropy: bool,
 ) -> tuple[jax.Array, jax.Array | None]: ...
 
@@ -50,6 +54,7 @@ def token_logprobs(
   chunk=1024,
   temperature=1.0,
   n_ids=0,
+  dtype=None,
   with_entropy=True,
 ):
   """log softmax(hidden @ unembed / temperature) at the targets, and entropy.
@@ -71,12 +76,13 @@ def token_logprobs(
       those of the distribution that was sampled from.
     n_ids: ids from here on have no share in the distribution, see `mask_ids`;
       0: all V have.
+    dtype: of the products' operands; None: as they are.
     with_entropy: whether to compute the entropy as well.
 
   Returns:
     (logp_BT, entropy_BT), float32 [B, T], differentiable in hidden and unembed;
     entropy is None without `with_entropy`. Products are accumulated in float32
-    whatever the inputs' dtype.
+    whatever the operands' dtype, gradients of the unembedding too.
 
   Raises:
     ValueError: chunk or temperature is not positive.
@@ -92,7 +98,7 @@ def token_logprobs(
   n_pad = -n_tokens % width
   hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, n_pad), (0, 0)))
   target_BT = jnp.pad(target_BT, ((0, 0), (0, n_pad)))
-  head = _Head(1.0 / temperature, n_ids)
+  head = _Head(1.0 / temperature, n_ids, dtype)
   logp_BT, entropy_BT = _chunked(
     width, head, with_entropy, hidden_BTD, unembed_DV, target_BT
   )
@@ -121,10 +127,15 @@ def mask_ids(logits: jax.Array, n_ids: int) -> jax.Array:
 
 
 class _Head(NamedTuple):
-  """What becomes of the logits."""
+  """How logits are computed and what becomes of them."""
 
   scale: float
   n_ids: int
+  dtype: jax.typing.DTypeLike | None
+
+  def rounded(self, x: jax.Array) -> jax.Array:
+    """An operand of a product."""
+    return x if self.dtype is None else products.rounded(x, self.dtype)
 
 
 def _logits(hidden, unembed_DV, head):
@@ -156,6 +167,8 @@ def _chunked(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
 
 def _forward(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
   """Scans over chunks: (logp, entropy) and what the backward pass needs."""
+  inputs = hidden_BTD, unembed_DV
+  hidden_BTD, unembed_DV = map(head.rounded, inputs)
 
   def body(carry, i):
     logits = _logits(_slice(hidden_BTD, i, width), unembed_DV, head)
@@ -176,13 +189,14 @@ def _forward(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
   n_chunks = target_BT.shape[1] // width
   _, stacked = jax.lax.scan(body, None, jnp.arange(n_chunks))
   logp_BT, lse_BT, entropy_BT = map(_unstack, stacked)
-  residuals = (hidden_BTD, unembed_DV, target_BT, lse_BT, entropy_BT)
+  residuals = (*inputs, target_BT, lse_BT, entropy_BT)
   return (logp_BT, entropy_BT), residuals
 
 
 def _backward(width, head, with_entropy, residuals, cotangents):
   """Rebuilds p chunk by chunk; adds up the unembedding's gradient in f32."""
-  hidden_BTD, unembed_DV, target_BT, lse_BT, entropy_BT = residuals
+  *inputs, target_BT, lse_BT, entropy_BT = residuals
+  hidden_BTD, unembed_DV = map(head.rounded, inputs)
   g_logp_BT, g_entropy_BT = cotangents
 
   def body(g_unembed_DV, i):
@@ -195,21 +209,21 @@ def _backward(width, head, with_entropy, residuals, cotangents):
     push = g_logp + g_entropy * (logp + entropy) if with_entropy else g_logp
     is_target = jnp.arange(logp.shape[-1])[None, None] == target
     g_logits = jnp.where(is_target, g_logp, 0.0) - jnp.exp(logp) * push
-    g_logits = (g_logits * head.scale).astype(hidden.dtype)
+    g_logits = products.rounded(g_logits * head.scale, hidden.dtype)
     g_hidden = jnp.einsum(
       "btv,dv->btd", g_logits, unembed_DV, preferred_element_type=jnp.float32
     )
     g_unembed_DV += jnp.einsum(
       "btd,btv->dv", hidden, g_logits, preferred_element_type=jnp.float32
     )
-    return g_unembed_DV, g_hidden.astype(hidden.dtype)
+    return g_unembed_DV, g_hidden.astype(inputs[0].dtype)
 
   n_chunks = target_BT.shape[1] // width
   zeros_DV = jnp.zeros(unembed_DV.shape, jnp.float32)
   g_unembed_DV, g_hidden = jax.lax.scan(body, zeros_DV, jnp.arange(n_chunks))
   n, b, c, d = g_hidden.shape
   g_hidden_BTD = g_hidden.transpose(1, 0, 2, 3).reshape(b, n * c, d)
-  return g_hidden_BTD, g_unembed_DV.astype(unembed_DV.dtype), None
+  return g_hidden_BTD, g_unembed_DV.astype(inputs[1].dtype), None
 
 
 _chunked.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from roc.core import logprobs
+from roc.core import logprobs, products
 from roc.device import model as model_lib
 from roc.device import paged, sampling
 
@@ -134,7 +134,9 @@ class Programs:
       hidden_S1D, pool = self._policy.append(
         params, pool, pending_S[:, None], place
       )
-      logits_SV = (hidden_S1D[:, 0] @ unembed_DV).astype(jnp.float32)
+      logits_SV = products.product(
+        "sd,dv->sv", self._policy.dtype, hidden_S1D[:, 0], unembed_DV
+      )
       logits_SV = logprobs.mask_ids(logits_SV, self._policy.n_ids)
       u_S = jax.lax.dynamic_index_in_dim(u_ST, t, 1, keepdims=False)
       token_S, *logps = self._sample(logits_SV, u_S)

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from roc.core import products
+
 _NEG_INF = -1e30
 
 # This module's or another's: arrays whose axes begin with layers and pages.
@@ -136,7 +138,7 @@ def attend(
     v_BTKE: values of the same tokens.
 
   Returns:
-    [B, T, H, E] in the dtype of `q` (anything for padding), and the pool.
+    [B, T, H, E] float32 (anything for padding), and the pool.
   """
   pool = _write(pool, place, layer, k_BTKE, v_BTKE)
   return _read(pool, place, layer, q_BTHE), pool
@@ -148,8 +150,12 @@ def _write(pool: Pool, place: Place, layer, k_BTKE, v_BTKE) -> Pool:
   page_BT = jnp.where(place.page_BT == NO_PAGE, P, place.page_BT)
   at_BT = place.position_BT % Z
   return Pool(
-    pool.k_LPKEZ.at[layer, page_BT, :, :, at_BT].set(k_BTKE, mode="drop"),
-    pool.v_LPKZE.at[layer, page_BT, :, at_BT].set(v_BTKE, mode="drop"),
+    pool.k_LPKEZ.at[layer, page_BT, :, :, at_BT].set(
+      products.rounded(k_BTKE, pool.k_LPKEZ.dtype), mode="drop"
+    ),
+    pool.v_LPKZE.at[layer, page_BT, :, at_BT].set(
+      products.rounded(v_BTKE, pool.v_LPKZE.dtype), mode="drop"
+    ),
   )
 
 
@@ -158,7 +164,7 @@ def _read(pool: Pool, place: Place, layer, q_BTHE) -> jax.Array:
   K, Z = pool.v_LPKZE.shape[2:4]
   # Queries that share keys side by side: M = H / K * T of them.
   q_BKME = q_BTHE.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
-  q_BKME = q_BKME.reshape(B, K, -1, E) * jnp.asarray(E**-0.5, q_BTHE.dtype)
+  q_BKME = q_BKME.reshape(B, K, -1, E) * E**-0.5
   last_BM = jnp.tile(place.position_BT, (1, H // K))
   first_B, state = None, _nothing_read(q_BKME.shape)
   first_column = 0
@@ -180,7 +186,7 @@ def _read(pool: Pool, place: Place, layer, q_BTHE) -> jax.Array:
   # A call without any real token reads no page.
   out_BKME /= jnp.maximum(mass_BKM, 1e-30)[..., None]
   out = out_BKME.reshape(B, K, H // K, T, E).transpose(0, 3, 1, 2, 4)
-  return out.reshape(B, T, H, E).astype(q_BTHE.dtype)
+  return out.reshape(B, T, H, E)
 
 
 def _read_groups(pool: Pool, groups: Groups, layer, q_BKME) -> _State:
@@ -262,31 +268,25 @@ def _walk(
   table_BJ = own_pages(table_BJ)
   table_BJ = jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % W)), "edge")
   first_B, last_BM = entries
-  f32 = jnp.float32
+  dtype = pool.v_LPKZE.dtype
 
   def some(i, state):
     top_BKM, mass_BKM, out_BKME = state
     page_BW = jax.lax.dynamic_slice_in_dim(table_BJ, i * W, W, axis=1)
     get = lambda x: x.at[layer, page_BW].get(mode="clip")
     k_BWKEZ, v_BWKZE = get(pool.k_LPKEZ), get(pool.v_LPKZE)
-    logits_BKMWZ = jnp.einsum(
-      "bkme,bwkez->bkmwz", q_BKME, k_BWKEZ, preferred_element_type=f32
-    )
+    logits_BKMWZ = products.product("bkme,bwkez->bkmwz", dtype, q_BKME, k_BWKEZ)
     entry_WZ = (i * W * Z + jnp.arange(W * Z)).reshape(1, 1, W, Z)
     may_BMWZ = entry_WZ <= last_BM[..., None, None]
     if first_B is not None:
       may_BMWZ &= entry_WZ >= first_B[:, None, None, None]
     logits_BKMWZ = jnp.where(may_BMWZ[:, None], logits_BKMWZ, _NEG_INF)
-    new_BKM = jnp.maximum(top_BKM, jnp.max(logits_BKMWZ, axis=(-2, -1)))
+    most_BKM = products.top(jnp.max(logits_BKMWZ, axis=(-2, -1)), dtype)
+    new_BKM = jnp.maximum(top_BKM, most_BKM)
     p_BKMWZ = jnp.exp(logits_BKMWZ - new_BKM[..., None, None])
     fade_BKM = jnp.exp(top_BKM - new_BKM)
     mass_BKM = mass_BKM * fade_BKM + _sum(p_BKMWZ)
-    part_BKME = jnp.einsum(
-      "bkmwz,bwkze->bkme",
-      p_BKMWZ.astype(v_BWKZE.dtype),
-      v_BWKZE,
-      preferred_element_type=f32,
-    )
+    part_BKME = products.product("bkmwz,bwkze->bkme", dtype, p_BKMWZ, v_BWKZE)
     return new_BKM, mass_BKM, out_BKME * fade_BKM[..., None] + part_BKME
 
   first, end = columns

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as rpa
 
+from roc.core import products
 from roc.device import paged
 
 # Keys a row that the kernel holds at a time, and queries: as the kernel's own
@@ -86,7 +87,7 @@ def attend(
     v_BTKE: values of the same tokens.
 
   Returns:
-    [B, T, H, E] in the dtype of `q` (anything for padding), and the pool.
+    [B, T, H, E] float32 (anything for padding), and the pool.
   """
   pool = _write(pool, place, layer, k_BTKE, v_BTKE)
   return _read(pool, place, layer, q_BTHE), pool
@@ -99,6 +100,7 @@ def _write(pool: Pool, place: paged.Place, layer, k_BTKE, v_BTKE) -> Pool:
   at_BT = place.position_BT % Z
   kv_BTKE = jnp.stack([k_BTKE, v_BTKE], axis=3)
   kv_BTKE = kv_BTKE.reshape(*page_BT.shape, -1, E)
+  kv_BTKE = products.rounded(kv_BTKE, pool.kv_LPZKE.dtype)
   return Pool(pool.kv_LPZKE.at[layer, page_BT, at_BT].set(kv_BTKE, mode="drop"))
 
 
@@ -113,6 +115,7 @@ def _read(pool: Pool, place: paged.Place, layer, q_BTHE) -> jax.Array:
   # without a real token reads as little as it may.
   is_real_B = jnp.any(place.page_BT != paged.NO_PAGE, axis=1)
   n_keys_B = jnp.where(is_real_B, place.position_BT[:, -1] + 1, T)
+  q_BTHE = products.rounded(q_BTHE * E**-0.5, pool.kv_LPZKE.dtype)
   out_BTHE = rpa.ragged_paged_attention(
     q_BTHE.reshape(B * T, H, E),
     pool.kv_LPZKE.reshape(L * P, Z, K, E),
@@ -120,8 +123,8 @@ def _read(pool: Pool, place: paged.Place, layer, q_BTHE) -> jax.Array:
     page_BJ.astype(jnp.int32),
     jnp.arange(B + 1, dtype=jnp.int32) * T,
     jnp.array([B], jnp.int32),
-    sm_scale=E**-0.5,
+    sm_scale=1.0,
     num_kv_pages_per_block=min(J, max(1, _KEY_BLOCK // Z)),
     num_queries_per_block=min(B * T, _QUERY_BLOCK),
   )
-  return out_BTHE.reshape(B, T, H, E)
+  return out_BTHE.reshape(B, T, H, E).astype(jnp.float32)

@@ -88,6 +88,7 @@ def score(
     chunk=chunk,
     temperature=temperature or 1.0,
     n_ids=policy.n_ids,
+    dtype=policy.dtype,
   )
   first = ((0, 0), (1, 0))
   return jnp.pad(logp_BT, first), jnp.pad(entropy_BT, first)

@@ -26,6 +26,9 @@ class TablePolicy:
   of token t + 1 in row b, and of nothing else.
   """
 
+  n_ids = 0
+  dtype = jnp.dtype("float32")
+
   def hidden(self, params, tokens_BT, position_BT=None, segment_BT=None):
     assert params["hidden_BTD"].shape[:2] == tokens_BT.shape
     return params["hidden_BTD"]
