@@ -106,6 +106,30 @@ COMMANDS = {
     "filter runs/quickstart/rollouts/step_000001.jsonl --all",
     "own",
   ),
+  "render": Command(
+    "write conversations with a model's chat template, as text and ids",
+    "Its own --help tells more.",
+    "render --model=DIR --input=FILE.jsonl",
+    "own",
+  ),
+  "parse": Command(
+    "find the tool calls in a turn of a model",
+    "Its own --help tells more.",
+    "parse --input=FILE.txt",
+    "own",
+  ),
+  "verify": Command(
+    "compare an answer with the right one, as the reward does",
+    "Its own --help tells more.",
+    "verify --gold=1/2 --answer=0.5",
+    "own",
+  ),
+  "generate": Command(
+    "let a Hugging Face model write, with the tool or without",
+    "Its own --help tells more.",
+    "generate --model=DIR --prompt='What is 12 * 13?' --tool=python",
+    "own",
+  ),
   "score": Command(
     "log-probs and entropies of given tokens under a Hugging Face model",
     "Its own --help tells more.",

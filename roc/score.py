@@ -8,18 +8,18 @@ To see whether a model that was loaded here is the model that it was elsewhere.
 import argparse
 import dataclasses
 import json
-import pathlib
-import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from roc import cli, errors
+from roc import cli, errors, lines
 from roc.core import logprobs
 from roc.device import families, model, sharding, weights
 
 _ROUND = 64  # lengths are rounded up to multiples, so that few are compiled
+_EXAMPLE = '{"ids": [1, 2]}'
 _TOKENS = 1 << 14  # of a batch, padding included
 
 
@@ -29,16 +29,17 @@ def main(argv: Sequence[str]) -> int:
   Raises:
     errors.UserError: bad flags, a folder or a line that cannot be used.
   """
-  values = _parser().parse_args(argv)
+  values = make_parser().parse_args(argv)
   rows = read_rows(values.input)
   policy, params = load(values.model, values.dtype)
-  check_ids(rows, policy.config.vocab_size, _shown_name(values.input))
+  check_ids(rows, policy.config.vocab_size, lines.shown(values.input))
   for i, found in enumerate(score(policy, params, rows), 1):
     print(json.dumps(found) if values.json else _shown(i, found), flush=True)
   return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+  """The flags of the command."""
   parser = cli.Parser(
     prog="python -m roc.main score",
     description="Log-prob of each token given those before it, and the entropy"
@@ -78,39 +79,18 @@ def read_rows(name: str) -> list[list[int]]:
   Raises:
     errors.UserError: it cannot be read, or a line holds no ids; names it.
   """
-  try:
-    text = (
-      sys.stdin.read()
-      if name == "-"
-      else pathlib.Path(name).read_text(encoding="utf-8")
-    )
-  except (OSError, UnicodeDecodeError) as e:
-    reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
-    raise errors.UserError(f"{name} cannot be read: {reason}") from e
-  name = _shown_name(name)
-  rows = []
-  for number, line in enumerate(text.splitlines(), 1):
-    if line.strip():
-      rows.append(_ids_of(line, f"{name} line {number}"))
-  if not rows:
-    raise errors.UserError(f'{name} holds no line such as {{"ids": [1, 2]}}')
-  return rows
+  return [
+    _ids_of(fields, where)
+    for where, fields in lines.read_objects(name, _EXAMPLE)
+  ]
 
 
-def _shown_name(name: str) -> str:
-  return "standard input" if name == "-" else name
-
-
-def _ids_of(line: str, where: str) -> list[int]:
-  try:
-    ids = json.loads(line)["ids"]
-  except (ValueError, KeyError, TypeError):
-    ids = None
+def _ids_of(fields: dict[str, Any], where: str) -> list[int]:
+  ids = fields.get("ids")
   is_list = isinstance(ids, list) and bool(ids)
   if not is_list or not all(type(i) is int for i in ids):
     raise errors.UserError(
-      f'{where} must be an object such as {{"ids": [1, 2]}}, with at least one'
-      " id"
+      f"{where} must be an object such as {_EXAMPLE}, with at least one id"
     )
   return ids
 

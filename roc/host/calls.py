@@ -132,8 +132,8 @@ def parse_turn(
   ids: Sequence[int],
   tokenizer: tokenizer_lib.Tokenizer,
   *,
-  tool: ToolSpec = PYTHON,
-  max_calls: int = MAX_CALLS_PER_TURN,
+  tool: ToolSpec | None = PYTHON,
+  max_calls: int | None = MAX_CALLS_PER_TURN,
 ) -> ParsedTurn:
   """Reads the calls and answers of one turn of the model.
 
@@ -142,8 +142,8 @@ def parse_turn(
       end-of-turn token may be among them.
     tokenizer: gives the tags' ids; a tag that is no special token of its
       vocabulary is looked for as text.
-    tool: the one tool that there is.
-    max_calls: calls that may be asked for in one turn.
+    tool: the one tool that there is; None: any name and any arguments.
+    max_calls: calls that may be asked for in one turn; None: no limit.
 
   Returns:
     The turn by the policy table at the module's head; an empty turn is void.

@@ -64,7 +64,7 @@ def load_tokenizer(path: str | pathlib.Path) -> tokenizer_lib.Tokenizer:
   published = tokenizer_lib.Published(
     templates=_templates(path, config),
     named_tokens=_named_tokens(config),
-    eos_ids=_eos_ids(path),
+    eos_ids=eos_ids(path),
   )
   ranks = sorted(path.glob(RANKS))
   if (path / TOKENIZER_FILE).exists() or not ranks:
@@ -134,8 +134,13 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
   return found
 
 
-def _eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
-  """Of the generation config, else of the model's."""
+def eos_ids(folder: str | pathlib.Path) -> tuple[int, ...]:
+  """Ids that end a text: of the generation config, else of the model's.
+
+  Raises:
+    ValueError: a file cannot be read, or names no ids.
+  """
+  folder = pathlib.Path(folder)
   for name in (GENERATION_FILE, MODEL_FILE):
     value = _read_json(folder / name).get("eos_token_id")
     if value is not None:

@@ -237,12 +237,13 @@ class TemplateChat(chat_lib.Chat):
     return rest.strip()
 
   def _after_turn_end(self, rest: str) -> str:
-    _, found, after = rest.partition(self._turn_end)
-    if not found:
+    before, found, after = rest.partition(self._turn_end)
+    has_answer = _USER in before or _RESULT.partition("\n")[0] in before
+    if not found or has_answer:
       raise ValueError(
         "the chat template ends a turn of the model differently when an answer"
-        f" follows: {rest!r} instead of {self._turn_end!r}; it cannot be used"
-        " for turns that follow one another"
+        f" follows: {rest[:80]!r} instead of {self._turn_end!r}; it cannot be"
+        " used for turns that follow one another"
       )
     return after
 

@@ -1,0 +1,70 @@
+"""Input of the small commands: JSON objects, one a line, with their places."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from roc import errors
+
+STDIN = "-"
+
+
+class Line(NamedTuple):
+  """An object and where it stands, such as `rows.jsonl line 3`."""
+
+  where: str
+  fields: dict[str, Any]
+
+
+def shown(name: str) -> str:
+  """The name of an input, for people."""
+  return "standard input" if name == STDIN else name
+
+
+def read_text(name: str) -> str:
+  """A whole input as text.
+
+  Args:
+    name: a file; `-` is this process's own input.
+
+  Raises:
+    errors.UserError: it cannot be read, or is not UTF-8.
+  """
+  try:
+    if name == STDIN:
+      return sys.stdin.read()
+    return pathlib.Path(name).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+    raise errors.UserError(f"{shown(name)} cannot be read: {reason}") from e
+
+
+def read_objects(name: str, example: str) -> Iterator[Line]:
+  """The objects of an input; blank lines are skipped.
+
+  Args:
+    name: a file; `-` is this process's own input.
+    example: of a line, for the message where there is none.
+
+  Raises:
+    errors.UserError: it cannot be read, a line holds no object, or there is no
+      line.
+  """
+  is_empty = True
+  # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+  for number, line in enumerate(read_text(name).split("\n"), 1):
+    if not line.strip():
+      continue
+    is_empty = False
+    where = f"{shown(name)} line {number}"
+    try:
+      fields = json.loads(line)
+    except (ValueError, RecursionError):
+      fields = None
+    if not isinstance(fields, dict):
+      raise errors.UserError(f"{where} must be an object such as {example}")
+    yield Line(where, fields)
+  if is_empty:
+    raise errors.UserError(f"{shown(name)} holds no line such as {example}")

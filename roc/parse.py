@@ -1,0 +1,97 @@
+"""The tool calls in a turn of a model.
+
+    python -m roc.main parse < turn.txt
+
+To see which calls a run would make of it, and which it would reject and why.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from roc import cli, errors, lines
+from roc.host import calls, pretrained, tools
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs `parse ...`; returns the exit code.
+
+  Raises:
+    errors.UserError: bad flags, or an input or folder that cannot be used.
+  """
+  values = make_parser().parse_args(argv)
+  text = lines.read_text(values.input)
+  spec = tools.TOOLS[values.tool][0] if values.tool else None
+  if values.model:
+    try:
+      tokenizer = pretrained.load_tokenizer(values.model)
+    except ValueError as e:
+      raise errors.UserError(str(e)) from e
+    ids = tokenizer.encode_trusted(text)
+    turn = calls.parse_turn(ids, tokenizer, tool=spec, max_calls=None)
+  else:
+    turn = calls.parse_text(text, tool=spec)
+  found = as_json(turn)
+  if values.json:
+    print(json.dumps(found))
+    return 0
+  print(f"content: {found['content']}")
+  for call in found["calls"]:
+    if "rejected" in call:
+      print(f"rejected: {call['rejected']}")
+    else:
+      print(f"call: {call['name']} {json.dumps(call['arguments'])}")
+  return 0
+
+
+def as_json(turn: calls.ParsedTurn) -> dict[str, Any]:
+  """The turn as the command prints it."""
+  return {
+    "content": turn.content,
+    "calls": [_call(call) for call in turn.calls],
+  }
+
+
+def _call(call: calls.ToolCall) -> Mapping[str, Any]:
+  if call.error is not None:
+    return {"rejected": f"{call.error}: {call.detail}"}
+  return {"name": call.name, "arguments": dict(call.arguments)}
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The flags of the command."""
+  parser = cli.Parser(
+    prog="python -m roc.main parse",
+    description="Finds the calls in one turn of a model, by the policy in"
+    " docs/chat.md.",
+    epilog="example: echo 'Let me see. <tool_call>"
+    '{"name": "python", "arguments": {"code": "print(1)"}}</tool_call>\''
+    " | python -m roc.main parse --json",
+  )
+  parser.add_argument(
+    "--input",
+    default=lines.STDIN,
+    metavar="FILE",
+    help="text of the turn; by default this command's own input",
+  )
+  parser.add_argument(
+    "--tool",
+    default="",
+    choices=("", *tools.TOOLS),
+    help="reject calls of another tool than this one, and other arguments than"
+    " it takes; by default any name and any arguments are let through",
+  )
+  parser.add_argument(
+    "--model",
+    default="",
+    metavar="DIR",
+    help="folder with a tokenizer: read the turn as its tokens, as a run does",
+  )
+  parser.add_argument(
+    "--json",
+    action="store_true",
+    help='one line of JSON: "content" and "calls", each with "name" and'
+    ' "arguments" or with "rejected"',
+  )
+  return parser
