@@ -250,7 +250,7 @@ def first_params(
   cfg: config_lib.Config, learner: step_lib.Learner
 ) -> model.Params:
   """Parameters of a run, a checkpoint or a Hugging Face folder."""
-  source = cfg.init_from or pretrained.folder(cfg)
+  source = cfg.init_from or pretrained.folder(cfg, weights=True)
   if cfg.init_from and not pretrained.is_model(source):
     loaded = load_params(cfg.init_from, learner.abstract_state.params)
     say(loaded.where)

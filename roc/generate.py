@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from roc import cli, errors, layout, lines, rollout
+from roc import cli, errors, hub, layout, lines, rollout
 from roc.device import engine, families, model, sampling, sharding, weights
 from roc.host import episode as episode_lib
 from roc.host import pretrained, sandbox, template_chat, tools
@@ -43,6 +43,7 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   _check(values)
+  values.model = hub.fetch(values.model)
   asked = _read_ids(values) if values.ids else _read_prompt(values)
   sampler = make_sampler(values, asked)
   if values.tool and asked.chat is not None:
@@ -241,7 +242,12 @@ def make_parser() -> argparse.ArgumentParser:
     " --prompt='What is 12 * 13?' --tool=python --temperature=0.6 --n=4",
   )
   add = parser.add_argument
-  add("--model", required=True, metavar="DIR", help="Hugging Face folder")
+  add(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Hugging Face folder, or ORG/NAME on the hub",
+  )
   add("--prompt", help="the user's words; by default this command's own input")
   add("--ids", metavar="IDS", help="go on from these ids; no tokenizer needed")
   add("--system", default="", help="words of a system turn")

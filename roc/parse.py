@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from roc import cli, errors, lines
+from roc import cli, errors, hub, lines
 from roc.host import calls, pretrained, tools
 
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
   spec = tools.TOOLS[values.tool][0] if values.tool else None
   if values.model:
     try:
-      tokenizer = pretrained.load_tokenizer(values.model)
+      tokenizer = pretrained.load_tokenizer(
+        hub.fetch(values.model, weights=False)
+      )
     except ValueError as e:
       raise errors.UserError(str(e)) from e
     ids = tokenizer.encode_trusted(text)
@@ -85,8 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--model",
     default="",
-    metavar="DIR",
-    help="folder with a tokenizer: read the turn as its tokens, as a run does",
+    metavar="MODEL",
+    help="folder, or ORG/NAME on the hub, with a tokenizer: read the turn as its"
+    " tokens, as a run does",
   )
   parser.add_argument(
     "--json",

@@ -12,7 +12,7 @@ import pathlib
 import jax
 
 from roc import config as config_lib
-from roc import errors
+from roc import errors, hub
 from roc.device import families, model, weights
 
 # `config.init_from` for a fresh model of a folder's shapes.
@@ -53,20 +53,20 @@ def settle(cfg: config_lib.Config) -> config_lib.Config:
   return cfg
 
 
-def folder(cfg: config_lib.Config) -> pathlib.Path:
+def folder(cfg: config_lib.Config, *, weights: bool = False) -> pathlib.Path:
   """Where the files of `config.pretrained` are.
 
+  Args:
+    cfg: the configuration.
+    weights: whether the weights are needed too.
+
   Raises:
-    errors.UserError: there is no such folder.
+    errors.UserError: there is no such folder, or it cannot be fetched.
   """
-  here = pathlib.Path(cfg.pretrained)
-  checkout = pathlib.Path(__file__).resolve().parent.parent / here
-  for path in (here, checkout):
-    if path.is_dir():
-      return path
-  raise errors.UserError(
-    f"config.pretrained is {cfg.pretrained}, and there is no such folder"
-  )
+  try:
+    return hub.fetch(cfg.pretrained, weights=weights)
+  except errors.UserError as e:
+    raise errors.UserError(f"config.pretrained: {e}") from e
 
 
 def is_model(source: str | pathlib.Path) -> bool:

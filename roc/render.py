@@ -9,7 +9,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from roc import cli, errors, lines
+from roc import cli, errors, hub, lines
 from roc.host import pretrained, templates
 
 _EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
@@ -23,7 +23,9 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   try:
-    tokenizer = pretrained.load_tokenizer(values.model)
+    tokenizer = pretrained.load_tokenizer(
+      hub.fetch(values.model, weights=False)
+    )
     made = {
       has_tools: templates.read(values.template, tokenizer, has_tools=has_tools)
       for has_tools in (False, True)
@@ -74,8 +76,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--model",
     required=True,
-    metavar="DIR",
-    help="folder with a tokenizer; weights need not be there",
+    metavar="MODEL",
+    help="folder, or ORG/NAME on the hub; a tokenizer there is enough",
   )
   parser.add_argument(
     "--input",

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roc import cli, errors, lines
+from roc import cli, errors, hub, lines
 from roc.core import logprobs
 from roc.device import families, model, sharding, weights
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   rows = read_rows(values.input)
-  policy, params = load(values.model, values.dtype)
+  policy, params = load(str(hub.fetch(values.model)), values.dtype)
   check_ids(rows, policy.config.vocab_size, lines.shown(values.input))
   for i, found in enumerate(score(policy, params, rows), 1):
     print(json.dumps(found) if values.json else _shown(i, found), flush=True)
@@ -50,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--model",
     required=True,
-    metavar="DIR",
-    help="folder with config.json and safetensors",
+    metavar="MODEL",
+    help="folder (or ORG/NAME on the hub) with config.json and safetensors",
   )
   parser.add_argument(
     "--input",

@@ -1,0 +1,99 @@
+"""Folders of published models: from this machine, or from the Hugging Face hub.
+
+What comes from the hub is kept in its cache ($HF_HOME) and fetched once; a
+download that broke off goes on where it was. $HF_TOKEN, $HF_ENDPOINT and
+$HF_HUB_OFFLINE mean what they mean to every tool of the hub.
+"""
+
+import pathlib
+import re
+
+from roc import errors
+
+_CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+# What a run needs of a repository: its words and, apart from them, its weights.
+_SIDE_FILES = (
+  *("*.json", "*.jinja", "*.tiktoken", "*.txt"),
+  *("LICENSE*", "NOTICE*", "README.md"),
+)
+_WEIGHTS = ("*.safetensors",)
+
+
+def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
+  """The folder of a model, downloaded if it has to be.
+
+  Args:
+    source: a folder, from here or from the checkout; or `ORG/NAME`,
+      `ORG/NAME@REVISION`, with or without `hf://` before it.
+    weights: whether its safetensors are needed too.
+
+  Returns:
+    A folder that holds what the model has of config, tokenizer, templates and
+    if wanted weights.
+
+  Raises:
+    errors.UserError: it is nowhere, or cannot be had; says why.
+  """
+  is_remote = source.startswith("hf://")
+  name = source.removeprefix("hf://").removeprefix("models/")
+  if source and not is_remote:
+    for path in (pathlib.Path(source), _CHECKOUT / source):
+      if path.is_dir():
+        return path
+    if pathlib.Path(source).exists():
+      raise errors.UserError(f"{source} is a file; name the folder it is in")
+  if not _REPOSITORY.fullmatch(name) or (not is_remote and _is_local(name)):
+    raise errors.UserError(
+      f"{source} does not exist; name a folder that does, or a repository of"
+      " the Hugging Face hub as ORG/NAME or ORG/NAME@REVISION"
+    )
+  repository, _, revision = name.partition("@")
+  patterns = [*_SIDE_FILES, *(_WEIGHTS if weights else ())]
+  return _download(repository, revision or None, patterns)
+
+
+def _is_local(name: str) -> bool:
+  """Whether what looks like a repository is a path that was misspelt."""
+  first = pathlib.PurePath(name).parts[0]
+  return any((root / first).is_dir() for root in (pathlib.Path(), _CHECKOUT))
+
+
+def _download(
+  repository: str, revision: str | None, patterns: list[str]
+) -> pathlib.Path:
+  import huggingface_hub  # takes a second, and only names of the hub need it
+  from huggingface_hub import errors as hub_errors
+
+  shown = f"{repository}@{revision}" if revision else repository
+  try:
+    found = huggingface_hub.snapshot_download(
+      repository, revision=revision, allow_patterns=patterns
+    )
+  except hub_errors.GatedRepoError as e:
+    raise errors.UserError(
+      f"{shown} is gated: accept its licence on the hub, and set HF_TOKEN to a"
+      " token of that account"
+    ) from e
+  except hub_errors.RevisionNotFoundError as e:
+    raise errors.UserError(
+      f"{repository} has no revision {revision}; name a branch, a tag or a"
+      " commit"
+    ) from e
+  except hub_errors.RepositoryNotFoundError as e:
+    raise errors.UserError(
+      f"the hub has no model {repository}, or it is private; check the name, or"
+      " set HF_TOKEN"
+    ) from e
+  except (hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled):
+    raise errors.UserError(
+      f"{shown} is not in the hub's cache and the hub cannot be reached;"
+      " connect (HF_HUB_OFFLINE must be unset), or name a folder"
+    ) from None
+  except Exception as e:  # the transport's own kinds, a full disk
+    first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    raise errors.UserError(
+      f"{shown} cannot be downloaded ({first}); run the same command again to"
+      " go on from what is there"
+    ) from e
+  return pathlib.Path(found)
