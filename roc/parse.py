@@ -88,8 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
     "--model",
     default="",
     metavar="MODEL",
-    help="folder, or ORG/NAME on the hub, with a tokenizer: read the turn as its"
-    " tokens, as a run does",
+    help="folder, or ORG/NAME on the hub, with a tokenizer: read the turn as"
+    " its tokens, as a run does",
   )
   parser.add_argument(
     "--json",
