@@ -39,6 +39,8 @@ def get_config(variant: str = ""):
   # ---------------------------------------------------------------- model
   c.model.dtype = "bfloat16"
   c.model.remat = "full"
+  c.lora.rank = 32
+  c.lora.alpha = 64.0
 
   # ------------------------------------------------------------- sampling
   c.sampling.n_slots = 64

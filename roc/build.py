@@ -15,15 +15,12 @@ import rich.console
 from roc import config as config_lib
 from roc import config_checks, errors, pretrained, rollout, runlog, wiring
 from roc.device import (
-  checkpoint,
   engine,
   engines,
-  manifest,
   model,
   sampling,
   sharding,
 )
-from roc.device import step as step_lib
 from roc.host import golds, tools
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
@@ -94,7 +91,7 @@ def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
     errors.UserError: a vocabulary smaller than the tokenizer's.
   """
   n_ids = host.tokenizer.vocab_size
-  return model.Policy(shapes(cfg, host), make_mesh(cfg), n_ids)
+  return model.Policy(shapes(cfg, host), make_mesh(cfg), n_ids, cfg.lora)
 
 
 def shapes(
@@ -229,86 +226,6 @@ def claim(
     config_json=config_lib.to_json(cfg),
     gin_text=host.gin_text,
     identity=config_lib.identity(cfg, program) | dict(data),
-  )
-
-
-def first_state(
-  cfg: config_lib.Config, learner: step_lib.Learner
-) -> step_lib.TrainState:
-  """Parameters of `init_from` or `pretrained`, or fresh ones; fresh optimizer.
-
-  Raises:
-    errors.UserError: they cannot be had, or are another model's.
-  """
-  source = cfg.init_from or cfg.pretrained
-  if source in ("", pretrained.RANDOM):
-    return learner.init(jax.random.key(cfg.seed))
-  return learner.start_from(first_params(cfg, learner))
-
-
-def first_params(
-  cfg: config_lib.Config, learner: step_lib.Learner
-) -> model.Params:
-  """Parameters of a run, a checkpoint or a Hugging Face folder."""
-  source = cfg.init_from or pretrained.folder(cfg, weights=True)
-  if cfg.init_from and not pretrained.is_model(source):
-    loaded = load_params(cfg.init_from, learner.abstract_state.params)
-    say(loaded.where)
-    return loaded.params
-  say(f"parameters from {source}")
-  return pretrained.load(source, learner.policy, learner.mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """Parameters and the checkpoint that they came from."""
-
-  params: Any
-  name: str  # its step and checksum, as a record keeps them
-  where: str  # a line for people
-
-
-def load_params(
-  source: str, abstract_params: Any, step: int | None = None
-) -> Loaded:
-  """Parameters of the newest whole checkpoint of a run, or of one `step`.
-
-  Args:
-    source: a workdir, or the `checkpoints` directory in it.
-    abstract_params: shapes, dtypes and shardings to restore to.
-    step: of the checkpoint.
-
-  Raises:
-    errors.UserError: there is no whole checkpoint, or one of another model.
-  """
-  path = pathlib.Path(source)
-  inner = path / "checkpoints"
-  directory = inner if inner.is_dir() else path
-  checkpoints = checkpoint.Checkpoints(directory)
-  restored = checkpoints.restore(
-    {"params": abstract_params}, step, is_partial=True
-  )
-  if restored is None:
-    raise errors.UserError(
-      f"no checkpoint under {source}; train one first, or point "
-      "config.init_from (for evaluate and rollout: --workdir) at a run's"
-      " directory"
-    )
-  notes = "; ".join(restored.notes)
-  found = checkpoints.path(restored.step)
-  return Loaded(
-    restored.state["params"],
-    name=f"step {restored.step}, {manifest.fingerprint(found)}",
-    where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
-  )
-
-
-def abstract_params(policy: model.Policy, mesh: jax.sharding.Mesh) -> Any:
-  """Shapes, dtypes and shardings of the parameters on a mesh."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    policy.abstract_params,
-    sharding.param_shardings(mesh, policy.abstract_params),
   )
 
 

@@ -22,7 +22,16 @@ from typing import Any
 import rich.console
 import rich.table
 
-from roc import build, errors, layout, pretrained, records, rollout, wiring
+from roc import (
+  build,
+  errors,
+  layout,
+  parameters,
+  pretrained,
+  records,
+  rollout,
+  wiring,
+)
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.host import episode as episode_lib
@@ -99,8 +108,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   host = build.host_parts(cfg)
   problems = choose(cfg.collect, host)
   policy = build.make_policy(cfg, host)
-  abstract = build.abstract_params(policy, build.make_mesh(cfg))
-  loaded = build.load_params(str(workdir), abstract)
+  loaded = parameters.load_policy(cfg, workdir, policy, build.make_mesh(cfg))
   build.say(loaded.where)
   folder = workdir / "rollouts" / f"collect_{cfg.collect.task}"
   with _claimed(folder, _made_with(cfg, host, loaded.name)):

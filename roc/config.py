@@ -22,14 +22,15 @@ from typing import Any, Literal
 import ml_collections
 
 from roc import config_checks, errors
+from roc.device import lora, sampling, selection
 from roc.device import model as model_lib
-from roc.device import sampling, selection
 from roc.device import step as step_lib
 
 ModelConfig = model_lib.ModelConfig
 SamplingConfig = sampling.SamplingConfig
 FilterConfig = selection.FilterConfig
 LossConfig = step_lib.LossConfig
+LoraConfig = lora.LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Config:
   # "random": fresh ones although there is config.pretrained.
   init_from: str = ""
   model: ModelConfig = ModelConfig()
+  lora: LoraConfig = LoraConfig()
   mesh: MeshConfig = MeshConfig()
   sampling: SamplingConfig = SamplingConfig()
   loss: LossConfig = LossConfig()
@@ -280,6 +282,8 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
   for key in ("init_from", "train.replay", "pretrained"):
     if flat.get(key):
       flat[key] = os.path.normpath(str(flat[key]))
+  if not flat.get("lora.rank"):  # of a run without adapters it says nothing
+    flat = {k: v for k, v in flat.items() if not k.startswith("lora.")}
   for key, value in _ADDED.items():
     if flat.get(key) == value:
       del flat[key]

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from roc import errors
-from roc.device import paged_tpu
+from roc.device import lora, paged_tpu
 
 if TYPE_CHECKING:
   from roc import config as config_lib
@@ -21,6 +21,7 @@ def check(c: "config_lib.Config") -> None:
   for section in (
     _check_ranges,
     _check_model,
+    _check_lora,
     _check_sampling,
     _check_loss,
     _check_filter,
@@ -93,7 +94,13 @@ def _check_ranges(c: "config_lib.Config") -> None:
   _at_least(
     c,
     0,
-    *("seed", "model.vocab_size", "sampling.top_k", "loss.kl_coef"),
+    *(
+      "seed",
+      "lora.rank",
+      "model.vocab_size",
+      "sampling.top_k",
+      "loss.kl_coef",
+    ),
     "sampling.n_devices",
     *("loss.entropy_coef", "filter.min_pos", "filter.min_neg"),
     *("train.warmup", "train.weight_decay", "train.grad_clip"),
@@ -160,6 +167,22 @@ def _check_model(c: "config_lib.Config") -> None:
       value % size == 0,
       f"config.model.{name} ({value}) must be a multiple of"
       f" config.mesh.{axis} ({size})",
+    )
+
+
+def _check_lora(c: "config_lib.Config") -> None:
+  x = c.lora
+  _require(x.alpha > 0, f"config.lora.alpha must be above 0, got {x.alpha}")
+  _require(
+    bool(x.targets) and len(set(x.targets)) == len(x.targets),
+    "config.lora.targets must name at least one projection, each once; set"
+    " config.lora.rank to 0 to train all parameters",
+  )
+  for name in x.targets:
+    _require(
+      name in lora.TARGETS,
+      f"config.lora.targets must be some of {', '.join(lora.TARGETS)}, got"
+      f" {name!r}{errors.closest(name, lora.TARGETS)}",
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from roc import build, layout, pretrained, rollout, wiring
+from roc import build, layout, parameters, pretrained, rollout, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.device import engine, model, sampling
@@ -223,8 +223,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   cfg = pretrained.settle(cfg)
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
-  abstract = build.abstract_params(policy, build.make_mesh(cfg))
-  loaded = build.load_params(str(workdir), abstract)
+  loaded = parameters.load_policy(cfg, workdir, policy, build.make_mesh(cfg))
   build.say(loaded.where)
   n_all = cfg.eval.n_problems * cfg.eval.samples
   with (

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from roc import build, cli, errors, pretrained, wiring
+from roc import build, cli, errors, parameters, pretrained, wiring
 from roc import config as config_lib
 from roc.device import families, model, sharding, weights
 from roc.host import pretrained as tokenizers_lib
@@ -129,15 +129,14 @@ def export(
   is_published = source is not None and not has_own_tokenizer
   host = None if is_published else build.host_parts(cfg)
   mesh = sharding.make_mesh(1, 1, 1)
-  policy = model.Policy(build.shapes(cfg, host))
-  loaded = build.load_params(
-    str(workdir), build.abstract_params(policy, mesh), step
-  )
+  policy = model.Policy(build.shapes(cfg, host), adapters=cfg.lora)
+  loaded = parameters.load_policy(cfg, workdir, policy, mesh, step)
+  params = policy.merged(loaded.params)
   unfinished = output.with_name(f".{output.name}.unfinished")
   shutil.rmtree(unfinished, ignore_errors=True)
   try:
     output.parent.mkdir(parents=True, exist_ok=True)
-    weights.export(loaded.params, policy.config, unfinished, dtype=dtype)
+    weights.export(params, policy.config, unfinished, dtype=dtype)
     if source is not None:
       _keep_fields(source, unfinished, dtype)
     if host is not None:

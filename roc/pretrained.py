@@ -90,4 +90,6 @@ def load(
       f"{path} holds no weights (*.safetensors); set config.init_from to a run,"
       f" or to {RANDOM} for fresh parameters"
     )
-  return weights.load(path, policy, mesh)
+  # A base that is to be kept in bfloat16 need not be there in float32 before.
+  dtype = policy.lora.base_dtype if policy.lora.rank else "float32"
+  return weights.load(path, policy, mesh, dtype=dtype)

@@ -10,11 +10,12 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, lessons, pretrained, runlog
+from roc import build, lessons, parameters, pretrained, runlog
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
 from roc.device import checkpoint, optim
+from roc.device import learner as learner_lib
 from roc.device import step as step_lib
 from roc.host import pack
 
@@ -30,7 +31,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   mesh = build.make_mesh(cfg)
-  learner = step_lib.Learner(
+  learner = learner_lib.Learner(
     policy,
     optim.make_optimizer(cfg.sft),
     step_lib.sft_loss(policy, cfg.loss.logprob_chunk),
@@ -52,8 +53,9 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       return
     found = lessons.read(cfg, host, workdir, claim)
     rows = pack.pack_sft(found.learnt, cfg.sft.length)
-    first = build.first_state(cfg, learner)
-    state = restored.state if restored else first
+    state = parameters.go_on(
+      cfg, parameters.first_state(cfg, learner), restored
+    )
 
     # ------------------------------------------------------------- loop
     weights_of = jax.jit(step_lib.sft_weights)

@@ -23,6 +23,7 @@ from roc import (
   curves,
   errors,
   evaluate,
+  parameters,
   pretrained,
   replay,
   rollout,
@@ -34,6 +35,7 @@ from roc import progress as progress_lib
 from roc.core import metrics, resample
 from roc.core import trajectories as trajectories_lib
 from roc.device import checkpoint, optim, selection
+from roc.device import learner as learner_lib
 from roc.device import step as step_lib
 from roc.host import episode as episode_lib
 from roc.host import pack, tools, traces
@@ -69,7 +71,7 @@ class Trainer:
     host: wiring.HostParts,
     toolbox: tools.Toolbox,
     policy: Any,
-    learner: step_lib.Learner,
+    learner: learner_lib.Learner,
     saved: replay.Replay | None = None,
   ):
     """Builds the loop and the evaluator; `saved` stands in for sampling."""
@@ -99,12 +101,16 @@ class Trainer:
         temperature=cfg.sampling.temperature,
       )[0]
     )
-    self._reference: Any = None  # first parameters, where a KL term needs them
+    self._reference: Any = None  # what was trained first, for a KL term
 
-  def set_reference(self, params: Any) -> None:
+  def set_reference(self, first: step_lib.TrainState) -> None:
     """Keeps a copy of the first policy if the loss has a KL term."""
     if self.cfg.loss.kl_coef:
-      self._reference = jax.tree.map(jnp.copy, params)
+      self._reference = jax.tree.map(jnp.copy, first.params)
+
+  def params(self, state: step_lib.TrainState) -> Any:
+    """The policy's parameters."""
+    return self._learner.params(state.params)
 
   def step(
     self, state: step_lib.TrainState, step: int, bar: progress_lib.Progress
@@ -121,7 +127,7 @@ class Trainer:
     """
     started = time.perf_counter()
     bar.phase("sampling")
-    groups, timing = self._draw(state.params, step)
+    groups, timing = self._draw(self.params(state), step)
     scored = time.perf_counter()
     bar.phase("scoring")
     selected = self._choose(groups, step)
@@ -201,9 +207,10 @@ class Trainer:
     c = self.cfg
     batch = self._learner.place(batch)
     if c.loss.old_logprobs == "recompute":
-      batch["logp_old_BT"] = self._score(state.params, batch)
+      batch["logp_old_BT"] = self._score(self.params(state), batch)
     if self._reference is not None:
-      batch["logp_ref_BT"] = self._score(self._reference, batch)
+      reference = self._learner.params(self._reference)
+      batch["logp_ref_BT"] = self._score(reference, batch)
     M = c.train.minibatches
     n_rows = c.train.prompts * c.filter.n_kept // M
     parts = [
@@ -256,10 +263,10 @@ def _minibatch(
   return part
 
 
-def make_learner(cfg: config_lib.Config, policy: Any) -> step_lib.Learner:
+def make_learner(cfg: config_lib.Config, policy: Any) -> learner_lib.Learner:
   """The jitted update of `cfg.loss` with `cfg.train`'s optimizer."""
   n_rows = cfg.train.prompts * cfg.filter.n_kept // cfg.train.minibatches
-  return step_lib.Learner(
+  return learner_lib.Learner(
     policy,
     optim.make_optimizer(cfg.train),
     step_lib.grpo_loss(policy, cfg.loss, cfg.sampling.temperature),
@@ -318,9 +325,10 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     if start >= cfg.train.steps:
       build.say(f"{workdir}: all {start} steps are done")
       return
-    first = build.first_state(cfg, learner)
-    trainer.set_reference(first.params)
-    state = restored.state if restored else first
+    first = parameters.first_state(cfg, learner)
+    trainer.set_reference(first)
+    state = parameters.go_on(cfg, first, restored)
+    del first  # where there is a checkpoint, nobody needs it any more
     if restored:
       trainer.cursor = Cursor(**restored.extra["cursor"])
       build.say(f"going on after step {start}")
@@ -350,7 +358,7 @@ def _loop(
   ):
     if not start:
       bar.phase("evaluation")
-      row, groups = trainer.evaluator.run(state.params)
+      row, groups = trainer.evaluator.run(trainer.params(state))
       log.write(0, row)
       traces.write(traces.path_of(workdir, 0), groups, tokenizer)
       bar.update(0, row)
@@ -361,7 +369,7 @@ def _loop(
         traces.write(traces.path_of(workdir, step), groups, tokenizer)
       if is_last or _is_due(step, cfg.eval.every):
         bar.phase("evaluation")
-        row |= trainer.evaluator.run(state.params)[0]
+        row |= trainer.evaluator.run(trainer.params(state))[0]
       log.write(step, row)
       bar.update(step, row)
       if is_last or _is_due(step, cfg.checkpoint.every):

@@ -211,6 +211,20 @@ def test_killed_once(env, tmp_path):
   assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_adapters_killed(env, supervised, tmp_path):
+  """Adapters alone are saved; the base is found again."""
+  settings = long_run(supervised) | {"train.steps": 4, "lora.rank": 2}
+  argv = lambda name: command("train", tmp_path / name, **settings)
+  run_to_its_end(env, argv("whole"))
+  rows = runlog.read_metrics(tmp_path / "whole" / runlog.METRICS)
+  assert all(row["grad_norm"] > 0 for row in rows[1:])
+  for phase, n in (("checkpoint", 1), ("update", 1), ("sampling", 1)):
+    assert run_and_kill(env, argv("killed"), phase, n, 0.01) is not None
+  run_to_its_end(env, argv("killed"))
+  assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
 PHASES = ("evaluation", "sampling", "tools", "scoring", "update", "checkpoint")
 
 

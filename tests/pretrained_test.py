@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from roc import build, config, errors, pretrained, train
+from roc import build, config, errors, parameters, pretrained, train
 from roc.device import model, sharding, weights
 from roc.host import template_chat
 from roc.host import tokenizer as tokenizer_lib
@@ -119,7 +119,7 @@ def first_params(**changes):
   cfg = pretrained.settle(resolved(**changes))
   policy = build.make_policy(cfg, build.host_parts(cfg))
   learner = train.make_learner(cfg, policy)
-  return build.first_state(cfg, learner).params
+  return parameters.first_state(cfg, learner).params
 
 
 def test_the_first_parameters(folder):

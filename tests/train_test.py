@@ -308,6 +308,43 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_run(ran):
   assert len(rollouts) == ran.cfg.eval.n_problems
 
 
+# ------------------------------------------------------------------ adapters
+
+
+def test_adapters_on_a_frozen_base(ran, tmp_path, monkeypatch):
+  """Sampled with, resumed, and evaluated as the run itself does."""
+  cfg = settings(
+    **{
+      "init_from": str(ran.sft),
+      "lora.rank": 2,
+      "train.steps": 2,
+      "train.lr": 1e-3,
+      "train.microbatch_rows": 2,
+      "loss.kl_coef": 0.1,
+      "loss.old_logprobs": "recompute",
+    }
+  )
+  train.run(cfg, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    stop_after(patch, train.Trainer, "step", 1)
+    with pytest.raises(Killed):
+      train.run(cfg, tmp_path / "killed")
+  train.run(cfg, tmp_path / "killed")
+  rows = rows_of(tmp_path / "whole")
+  assert rows == rows_of(tmp_path / "killed")
+  one, other = (
+    final_state(cfg, tmp_path / name) for name in ("whole", "killed")
+  )
+  assert_same_bits(one, other)
+  # The first policy is the base, and what is sampled from has moved with it.
+  assert rows[1]["kl"] == 0 < rows[2]["kl"]
+  assert all(row["mismatch_kl"] < 1e-6 for row in rows[1:])
+  assert min(np.abs(x).max() for x in jax.tree.leaves(one.state.params)) > 0
+  evaluate.run(cfg, tmp_path / "killed")
+  row = json.loads((tmp_path / "killed" / "eval.json").read_text())
+  assert row == {k: v for k, v in rows[-1].items() if k.startswith("eval/")}
+
+
 def episode(outcome, statuses=(), *, n_tokens=5, n_answers=1, n_turns=1):
   made = episode_lib.Episode(n_turns=n_turns, answers=["1"] * n_answers)
   made.roles = [layout.Role.PROMPT] * 3 + [layout.Role.MODEL] * n_tokens

@@ -140,9 +140,7 @@ class _Head(NamedTuple):
 
 def _logits(hidden, unembed_DV, head):
   """Float32 logits of one chunk, [B, c, V]."""
-  logits = jnp.einsum(
-    "btd,dv->btv", hidden, unembed_DV, preferred_element_type=jnp.float32
-  )
+  logits = products.einsum("btd,dv->btv", hidden.dtype, hidden, unembed_DV)
   logits = logits if head.scale == 1.0 else logits * head.scale
   return mask_ids(logits, head.n_ids)
 
@@ -210,12 +208,9 @@ def _backward(width, head, with_entropy, residuals, cotangents):
     is_target = jnp.arange(logp.shape[-1])[None, None] == target
     g_logits = jnp.where(is_target, g_logp, 0.0) - jnp.exp(logp) * push
     g_logits = products.rounded(g_logits * head.scale, hidden.dtype)
-    g_hidden = jnp.einsum(
-      "btv,dv->btd", g_logits, unembed_DV, preferred_element_type=jnp.float32
-    )
-    g_unembed_DV += jnp.einsum(
-      "btd,btv->dv", hidden, g_logits, preferred_element_type=jnp.float32
-    )
+    dtype = hidden.dtype
+    g_hidden = products.einsum("btv,dv->btd", dtype, g_logits, unembed_DV)
+    g_unembed_DV += products.einsum("btd,btv->dv", dtype, hidden, g_logits)
     return g_unembed_DV, g_hidden.astype(inputs[0].dtype)
 
   n_chunks = target_BT.shape[1] // width

@@ -56,15 +56,25 @@ def product(
     float32. Gradients have their operand's dtype; those that come in are
     rounded as the operands are.
   """
-  return _sum(subscripts, dtype, x, y)
+  return einsum(subscripts, dtype, x, y)
 
 
-def _sum(subscripts, dtype, x, y):
-  return jnp.einsum(
-    subscripts,
-    rounded(x, dtype),
-    rounded(y, dtype),
-    preferred_element_type=jnp.float32,
+def einsum(
+  subscripts: str, dtype: jax.typing.DTypeLike, x: jax.Array, y: jax.Array
+) -> jax.Array:
+  """`product` for those who differentiate it themselves."""
+  f32 = jnp.float32
+  x, y = rounded(x, dtype), rounded(y, dtype)
+  times = lambda x, y: jnp.einsum(subscripts, x, y, preferred_element_type=f32)
+  if jnp.dtype(dtype) == f32:
+    return times(x, y)
+  # XLA's CPU backend lacks some products of bfloat16 with float32 sums, and
+  # computes the others in float32 as well.
+  return jax.lax.platform_dependent(
+    x,
+    y,
+    cpu=lambda x, y: times(x.astype(f32), y.astype(f32)),
+    default=times,
   )
 
 
@@ -72,15 +82,15 @@ def _forward(subscripts, dtype, x, y):
   # The first is an activation, smaller when rounded; the second may be a
   # weight, which is there anyway.
   of_x = jnp.zeros((0,), x.dtype)
-  return _sum(subscripts, dtype, x, y), (rounded(x, dtype), of_x, y)
+  return einsum(subscripts, dtype, x, y), (rounded(x, dtype), of_x, y)
 
 
 def _backward(subscripts, dtype, residuals, g):
   x, of_x, y = residuals
   x_axes, _, rest = subscripts.partition(",")
   y_axes, _, out_axes = rest.partition("->")
-  g_x = _sum(f"{out_axes},{y_axes}->{x_axes}", dtype, g, y)
-  g_y = _sum(f"{x_axes},{out_axes}->{y_axes}", dtype, x, g)
+  g_x = einsum(f"{out_axes},{y_axes}->{x_axes}", dtype, g, y)
+  g_y = einsum(f"{x_axes},{out_axes}->{y_axes}", dtype, x, g)
   return g_x.astype(of_x.dtype), g_y.astype(y.dtype)
 
 

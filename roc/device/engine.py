@@ -95,7 +95,6 @@ class Engine:
     self._find_stop = find_stop
     self._schedule = schedule_lib.Schedule(config)
     self._programs = decoding.Programs(policy, config, stop_ids)
-    self._fuse = jax.jit(policy.fuse)
     self._groups: prefixes.Shape | None = None
     # Elsewhere a loop over groups costs more than it saves (H200: half as much
     # again as a step without).
@@ -138,8 +137,8 @@ class Engine:
     """
     if self.n_rollouts:
       raise RuntimeError("set_params while rollouts are in flight")
-    is_first = self._params is None
-    self._params = self._fuse(jax.device_put(params, self._device))
+    is_first, self._params = self._params is None, None  # room for the new
+    self._params = self.policy.hold(jax.device_put(params, self._device))
     if is_first:
       self._warm_up()
 

@@ -19,7 +19,7 @@ from flax import nnx
 
 from roc.core import products
 from roc.device import attention as attention_lib
-from roc.device import network, paged, paged_tpu, rotary
+from roc.device import lora, network, paged, paged_tpu, rotary
 
 ModelConfig = network.ModelConfig
 Params = dict[str, Any]
@@ -37,6 +37,7 @@ class Policy:
     config: ModelConfig,
     mesh: jax.sharding.Mesh | None = None,
     n_ids: int = 0,
+    adapters: lora.LoraConfig = network.NO_ADAPTERS,
   ):
     """Builds a policy.
 
@@ -46,6 +47,7 @@ class Policy:
         a single device.
       n_ids: of the tokenizer; those beyond are never drawn, see
         `logprobs.mask_ids`. 0: the whole vocabulary.
+      adapters: that parameters may have (`lora.join`).
 
     Raises:
       ValueError: shapes that cannot be.
@@ -67,11 +69,29 @@ class Policy:
     self.config = config
     self.mesh = mesh
     self.n_ids = n_ids
+    self.lora = adapters
     self._suits_pallas = not objection
-    plain = nnx.split(network.abstract(config, is_fused=False))
-    fused = nnx.split(network.abstract(config, is_fused=True))
-    self._splits = (plain, fused)
-    self.abstract_params: Params = nnx.to_pure_dict(plain[1])
+    self._split = functools.cache(
+      lambda is_fused, is_joined: nnx.split(
+        network.abstract(
+          config,
+          adapters if is_joined else network.NO_ADAPTERS,
+          is_fused=is_fused,
+        )
+      )
+    )
+    plain = self._split(False, False)[1]
+    self.abstract_params: Params = nnx.to_pure_dict(plain)
+    self._widths = {
+      name: leaf["kernel"].shape[-1]
+      for name, leaf in self.abstract_params["layers"].items()
+      if "kernel" in leaf
+    }
+    # Compiled once for all engines.
+    self._fuse = jax.jit(self.fuse)
+    self._round = jax.jit(
+      lambda tree: jax.tree.map(lambda x: products.rounded(x, self.dtype), tree)
+    )
 
   @property
   def uses_pallas(self) -> bool:
@@ -90,8 +110,22 @@ class Policy:
     module = network.Transformer(self.config, rngs=nnx.Rngs(params=key))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
+  def init_adapters(self, key: jax.Array) -> Params:
+    """Fresh adapters, which add nothing yet; consumes `key`."""
+    return lora.init(key, self.abstract_params, self.lora)
+
+  def join(self, base: Params, adapters: Params) -> Params:
+    """Base, fused or not, and adapters as from `init_adapters`, in one tree."""
+    if _is_fused(base):
+      adapters = lora.fuse(adapters, self._widths)
+    return lora.join(base, adapters)
+
+  def merged(self, params: Params) -> Params:
+    """The base alone, float32, with what adapters add added up."""
+    return lora.merged(params, self.lora)
+
   def _module(self, params: Params) -> network.Transformer:
-    graphdef, abstract = self._splits["qkv_proj" in params["layers"]]
+    graphdef, abstract = self._split(_is_fused(params), lora.is_joined(params))
     # Both are dicts flattened in key order, so leaves correspond.
     state = jax.tree.unflatten(
       jax.tree.structure(abstract), jax.tree.leaves(params)
@@ -111,7 +145,7 @@ class Policy:
     q, k and v side by side, gate and up side by side, and the head as its own
     matrix. All methods take either form.
     """
-    dtype = self.dtype
+    params, adapters = lora.split(params)
     layers = dict(params["layers"])
 
     def beside(*names: str) -> Params:
@@ -123,12 +157,21 @@ class Policy:
       "qkv_proj": beside("q_proj", "k_proj", "v_proj"),
       "gate_up_proj": beside("gate_proj", "up_proj"),
     }
-    is_product = lambda path: path[-1].key in ("kernel", "embedding")
-    cast = lambda path, x: products.rounded(x, dtype) if is_product(path) else x
+    head = {"kernel": self.unembedding(params)}
+    fused = self.join(params | {"layers": layers, "head": head}, adapters)
     return jax.tree_util.tree_map_with_path(
-      cast,
-      params | {"layers": layers, "head": {"kernel": self.unembedding(params)}},
+      lambda path, x: (
+        products.rounded(x, self.dtype) if lora.is_matrix(path) else x
+      ),
+      fused,
     )
+
+  def hold(self, params: Params) -> Params:
+    """`fuse`, compiled; what is fused already is shared and not copied."""
+    if not _is_fused(params):
+      return self._fuse(params)
+    base, adapters = lora.split(params)
+    return lora.join(base, self._round(adapters))
 
   def hidden(
     self,
@@ -233,3 +276,7 @@ class Policy:
         c.rope_original_length,
       )
     return rotary.Rotation(position_BT, frequency_E)
+
+
+def _is_fused(params: Params) -> bool:
+  return "qkv_proj" in params["layers"]

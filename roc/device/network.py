@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from roc.core import products
-from roc.device import rotary
+from roc.device import lora, rotary
 
+NO_ADAPTERS = lora.LoraConfig()
 _DEVIATION = 0.02  # of fresh embeddings
 
 
@@ -59,12 +60,25 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Linear(nnx.Linear):
-  """Weights as of `nnx.Linear`, and a float32 result."""
+  """Weights as of `nnx.Linear`, a float32 result, and maybe an adapter."""
+
+  def __init__(
+    self, *args: Any, rank: int = 0, scale: float = 1.0, **settings: Any
+  ):
+    super().__init__(*args, **settings)
+    self.rank = rank
+    self.scale = scale
+    if rank:  # as shapes; `lora.init` has the numbers
+      self.lora_a = nnx.Param(jnp.zeros((self.in_features, rank)))
+      self.lora_b = nnx.Param(jnp.zeros((rank, self.out_features)))
 
   def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
     """[B, T, in] float32 -> [B, T, out] float32."""
-    kernel = self.kernel[...]
-    out = products.product("btd,df->btf", self.dtype, inputs, kernel)
+    times = functools.partial(products.product, "btd,df->btf", self.dtype)
+    out = times(inputs, self.kernel[...])
+    if self.rank:
+      low = times(inputs, self.lora_a[...])
+      out += self.scale * times(low, self.lora_b[...])
     return out if self.bias is None else out + self.bias[...][None, None]
 
 
@@ -72,22 +86,31 @@ class Block(nnx.Module):
   """One layer: attention and SwiGLU, each behind an RMSNorm and a residual."""
 
   def __init__(
-    self, config: ModelConfig, *, rngs: nnx.Rngs, is_fused: bool = False
+    self,
+    config: ModelConfig,
+    adapters: lora.LoraConfig,
+    *,
+    rngs: nnx.Rngs,
+    is_fused: bool = False,
   ):
     c = config
 
-    def linear(n_in, n_out, scale=1.0, use_bias=False):
+    def linear(name, n_in, n_out, scale=1.0, use_bias=False):
       init = nnx.initializers.variance_scaling(scale, "fan_in", "normal")
       return Linear(
         n_in,
         n_out,
+        rank=adapters.rank_of(name),
+        scale=adapters.scale,
         use_bias=use_bias,
         dtype=jnp.dtype(c.dtype),
         kernel_init=init,
         rngs=rngs,
       )
 
-    qkv_linear = functools.partial(linear, c.d_model, use_bias=c.qkv_bias)
+    def qkv_linear(name, n_heads):
+      n_out = n_heads * c.head_dim
+      return linear(name, c.d_model, n_out, use_bias=c.qkv_bias)
 
     def norm(n):
       return nnx.RMSNorm(n, epsilon=c.norm_eps, dtype=jnp.float32, rngs=rngs)
@@ -97,21 +120,21 @@ class Block(nnx.Module):
     self.is_fused = is_fused
     self.attn_norm = norm(c.d_model)
     if is_fused:
-      n_heads = c.n_heads + 2 * c.n_kv_heads
-      self.qkv_proj = qkv_linear(n_heads * c.head_dim)
-      self.gate_up_proj = linear(c.d_model, 2 * c.d_ff)
+      self.qkv_proj = qkv_linear("qkv_proj", c.n_heads + 2 * c.n_kv_heads)
+      self.gate_up_proj = linear("gate_up_proj", c.d_model, 2 * c.d_ff)
     else:
-      self.q_proj = qkv_linear(c.n_heads * c.head_dim)
-      self.k_proj = qkv_linear(c.n_kv_heads * c.head_dim)
-      self.v_proj = qkv_linear(c.n_kv_heads * c.head_dim)
-      self.gate_proj = linear(c.d_model, c.d_ff)
-      self.up_proj = linear(c.d_model, c.d_ff)
+      self.q_proj = qkv_linear("q_proj", c.n_heads)
+      self.k_proj = qkv_linear("k_proj", c.n_kv_heads)
+      self.v_proj = qkv_linear("v_proj", c.n_kv_heads)
+      self.gate_proj = linear("gate_proj", c.d_model, c.d_ff)
+      self.up_proj = linear("up_proj", c.d_model, c.d_ff)
     if c.qk_norm:
       self.q_norm = norm(c.head_dim)
       self.k_norm = norm(c.head_dim)
-    self.o_proj = linear(c.n_heads * c.head_dim, c.d_model, residual_scale)
+    n_values = c.n_heads * c.head_dim
+    self.o_proj = linear("o_proj", n_values, c.d_model, residual_scale)
     self.mlp_norm = norm(c.d_model)
-    self.down_proj = linear(c.d_ff, c.d_model, residual_scale)
+    self.down_proj = linear("down_proj", c.d_ff, c.d_model, residual_scale)
 
   def __call__(
     self, x_BTD: jax.Array, turn: rotary.Rotation, attend: Attend
@@ -149,14 +172,19 @@ class Transformer(nnx.Module):
   """Embedding, a stack of `Block`s, final norm, head."""
 
   def __init__(
-    self, config: ModelConfig, *, rngs: nnx.Rngs, is_fused: bool = False
+    self,
+    config: ModelConfig,
+    adapters: lora.LoraConfig = NO_ADAPTERS,
+    *,
+    rngs: nnx.Rngs,
+    is_fused: bool = False,
   ):
     c = config
 
     @nnx.split_rngs(splits=c.n_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
-      return Block(c, rngs=rngs, is_fused=is_fused)
+      return Block(c, adapters, rngs=rngs, is_fused=is_fused)
 
     self.config = c
     self.embed = nnx.Embed(
@@ -187,8 +215,13 @@ class Transformer(nnx.Module):
     return products.through(x_BTD, self.config.dtype)
 
 
-def abstract(config: ModelConfig, *, is_fused: bool) -> Transformer:
+def abstract(
+  config: ModelConfig,
+  adapters: lora.LoraConfig = NO_ADAPTERS,
+  *,
+  is_fused: bool,
+) -> Transformer:
   """The network with shapes in place of arrays."""
   return nnx.eval_shape(
-    lambda: Transformer(config, rngs=nnx.Rngs(0), is_fused=is_fused)
+    lambda: Transformer(config, adapters, rngs=nnx.Rngs(0), is_fused=is_fused)
   )

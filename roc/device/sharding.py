@@ -22,6 +22,7 @@ MESH_AXIS_OF: dict[str, str | tuple[str, ...] | None] = {
   "heads": "tensor",
   "ffn": "tensor",
   "layer": None,
+  "rank": None,
   "norm": None,
 }
 
@@ -34,6 +35,12 @@ PARAM_RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
   (r"layers/o_proj/kernel", ("layer", "heads", "embed")),
   (r"layers/(gate|up)_proj/kernel", ("layer", "embed", "ffn")),
   (r"layers/down_proj/kernel", ("layer", "ffn", "embed")),
+  (r"layers/([qkv]|gate|up)_proj/lora_a", ("layer", "embed", "rank")),
+  (r"layers/[qkv]_proj/lora_b", ("layer", "rank", "heads")),
+  (r"layers/(gate|up)_proj/lora_b", ("layer", "rank", "ffn")),
+  (r"layers/o_proj/lora_a", ("layer", "heads", "rank")),
+  (r"layers/down_proj/lora_a", ("layer", "ffn", "rank")),
+  (r"layers/(o|down)_proj/lora_b", ("layer", "rank", "embed")),
   (r"layers/\w+_norm/scale", ("layer", "norm")),
   (r"final_norm/scale", ("norm",)),
 )

@@ -1,9 +1,9 @@
-"""The jitted update: gradients over microbatches, optimizer, metrics.
+"""The losses of a batch, and the state that an update changes.
 
-A `Learner` turns a loss function into `update(state, batch)` on a mesh. The two
-losses, `sft_loss` and `grpo_loss`, are sums of weight * per-token loss whose
-weights were fixed on the whole batch beforehand, so splitting the rows into
-microbatches or over devices does not change what is optimised.
+`learner.Learner` turns a loss into an update. The two losses, `sft_loss` and
+`grpo_loss`, are sums of weight * per-token loss whose weights were fixed on the
+whole batch beforehand, so splitting the rows into microbatches or over devices
+does not change what is optimised.
 """
 
 import dataclasses
@@ -12,12 +12,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from roc import layout
 from roc.core import corrections, logprobs, losses, metrics
 from roc.device import model as model_lib
-from roc.device import sharding
 
 Metrics = dict[str, metrics.Mean]
 Batch = dict[str, jax.Array]
@@ -54,13 +52,16 @@ class LossConfig:
 class TrainState:
   """What an update changes; also a tree of shapes or shardings of it."""
 
-  params: Any  # model_lib.Params
+  params: Any  # what is trained: model_lib.Params, or adapters alone
   opt_state: Any
   step: Any  # int32 [], updates made
+  base: Any = None  # uint32 [2], of what is frozen (`lora.fingerprint`)
 
 
 jax.tree_util.register_dataclass(
-  TrainState, data_fields=["params", "opt_state", "step"], meta_fields=[]
+  TrainState,
+  data_fields=["params", "opt_state", "step", "base"],
+  meta_fields=[],
 )
 
 
@@ -197,93 +198,3 @@ def _correction(
   if c.correction == "sequence":
     return corrections.sequence_mask(*args, **bounds)
   return corrections.geometric_mask(*args, **bounds)
-
-
-class Learner:
-  """`update` and `score` for one loss on one mesh; holds no arrays."""
-
-  def __init__(
-    self,
-    policy: model_lib.Policy,
-    optimizer: optax.GradientTransformation,
-    loss_fn: LossFn,
-    mesh: jax.sharding.Mesh,
-    *,
-    n_microbatches: int = 1,
-  ):
-    self.policy = policy
-    self.mesh = mesh
-    self._optimizer = optimizer
-    self._loss_fn = loss_fn
-    self._n_microbatches = n_microbatches
-    self._abstract = jax.eval_shape(self._fresh, jax.random.key(0))
-    self.shardings = TrainState(
-      sharding.param_shardings(mesh, self._abstract.params),
-      sharding.state_shardings(mesh, self._abstract.opt_state),
-      sharding.replicated(mesh),
-    )
-    self._rows = sharding.batch_sharding(mesh)
-    self._init = jax.jit(self._fresh, out_shardings=self.shardings)
-    self._init_opt = jax.jit(self._with_params, out_shardings=self.shardings)
-    self.update = jax.jit(
-      self._update_fn,
-      in_shardings=(self.shardings, self._rows),
-      out_shardings=(self.shardings, sharding.replicated(mesh)),
-      donate_argnums=0,
-    )
-
-  def init(self, key: jax.Array) -> TrainState:
-    """Fresh parameters and optimizer, created where they are to lie."""
-    return self._init(key)
-
-  def start_from(self, params: model_lib.Params) -> TrainState:
-    """Given parameters, fresh optimizer, step 0."""
-    params = jax.device_put(params, self.shardings.params)
-    return self._init_opt(params)
-
-  @property
-  def abstract_state(self) -> TrainState:
-    """Shapes, dtypes and shardings, for restoring a checkpoint."""
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      self._abstract,
-      self.shardings,
-    )
-
-  def place(self, batch: dict[str, Any]) -> Batch:
-    """Host rows onto the mesh."""
-    return jax.device_put(batch, self._rows)
-
-  def _fresh(self, key):
-    return self._with_params(self.policy.init(key))
-
-  def _with_params(self, params):
-    return TrainState(params, self._optimizer.init(params), jnp.int32(0))
-
-  def _update_fn(self, state: TrainState, batch: Batch):
-    grad_fn = jax.grad(self._loss_fn, has_aux=True)
-    M = self._n_microbatches
-    if M == 1:
-      grads, stats = grad_fn(state.params, batch)
-    else:
-      # Row b goes to microbatch b % M, so each holds rows of every device.
-      parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), batch
-      )
-
-      def add_one(total, part):
-        return jax.tree.map(jnp.add, total, grad_fn(state.params, part)), None
-
-      zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(
-          grad_fn, state.params, jax.tree.map(lambda x: x[0], parts)
-        ),
-      )
-      (grads, stats), _ = jax.lax.scan(add_one, zeros, parts)
-    updates, opt_state = self._optimizer.update(
-      grads, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
-    stats["grad_norm"] = metrics.Mean(optax.tree.norm(grads), jnp.float32(1))
-    return TrainState(params, opt_state, state.step + 1), stats

@@ -65,6 +65,10 @@ class Leaf:
     return self.path.endswith("/kernel")
 
   @property
+  def is_vector(self) -> bool:
+    return self.path.endswith(("/scale", "/bias"))
+
+  @property
   def names(self) -> list[str]:
     """Of the tensors, layer by layer."""
     name = _NAMES[self.path]
@@ -82,13 +86,16 @@ def load(
   folder: str | pathlib.Path,
   policy: model_lib.Policy,
   mesh: jax.sharding.Mesh,
+  *,
+  dtype: str = "float32",
 ) -> model_lib.Params:
-  """Reads a folder's weights into float32 parameters, laid out over a mesh.
+  """Reads a folder's weights into parameters, laid out over a mesh.
 
   Args:
     folder: with safetensors of float32, float16 or bfloat16.
     policy: of the same shapes.
     mesh: that the parameters are for.
+    dtype: of the matrices; vectors are float32.
 
   Raises:
     errors.UserError: a file is missing or cut off, or tensors are missing,
@@ -104,7 +111,8 @@ def load(
 
     def read(leaf: Leaf) -> jax.Array:
       where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
-      part = lambda index: files.read(leaf, index)
+      kind = np.float32 if leaf.is_vector else jnp.dtype(dtype)
+      part = lambda index: files.read(leaf, index).astype(kind, copy=False)
       made = jax.make_array_from_callback(leaf.shape, where, part)
       # One after the other, so that the host holds one at a time.
       return jax.block_until_ready(made)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from roc.device import model, sharding
+from roc.device import lora, model, sharding
 
 
 def paths_of(params):
@@ -26,6 +26,14 @@ def specs_of(shardings):
   }
 
 
+def shapes(policy):
+  """Of all parameters, those of adapters included."""
+  config = lora.LoraConfig(rank=4)
+  init = lambda key: lora.init(key, policy.abstract_params, config)
+  adapters = jax.eval_shape(init, jax.random.key(0))
+  return lora.join(policy.abstract_params, adapters)
+
+
 @pytest.fixture(scope="module")
 def mesh():
   return sharding.make_mesh(2, 2, 2)
@@ -34,8 +42,7 @@ def mesh():
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def abstract_params(request, make_policy):
   is_tied = request.param
-  made = make_policy(tie_embeddings=is_tied, qkv_bias=not is_tied)
-  return made.abstract_params
+  return shapes(make_policy(tie_embeddings=is_tied, qkv_bias=not is_tied))
 
 
 def test_one_rule_for_each_parameter(abstract_params):
@@ -46,7 +53,7 @@ def test_one_rule_for_each_parameter(abstract_params):
 
 def test_every_rule_is_used(make_policy):
   policy = make_policy(tie_embeddings=False, qkv_bias=True)
-  paths = paths_of(policy.abstract_params)
+  paths = paths_of(shapes(policy))
   for pattern, logical_axes in sharding.PARAM_RULES:
     assert any(re.fullmatch(pattern, path) for path in paths), pattern
     assert set(logical_axes) <= set(sharding.MESH_AXIS_OF)

@@ -11,6 +11,7 @@ import pytest
 
 from roc import layout
 from roc.core import losses, metrics
+from roc.device import learner as learner_lib
 from roc.device import sharding
 from roc.device import step as step_lib
 
@@ -252,7 +253,7 @@ def near_batch(policy, params, batch):
 
 def learner(policy, *, mesh=(1, 1, 1), n_microbatches=1, optimizer=None):
   """With plain SGD the change of the parameters is the gradient itself."""
-  return step_lib.Learner(
+  return learner_lib.Learner(
     policy,
     optimizer or optax.sgd(1.0),
     step_lib.grpo_loss(policy, step_lib.LossConfig(logprob_chunk=32), 1.0),

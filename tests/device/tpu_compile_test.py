@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import topologies
 
 from roc.device import decoding, model, sampling, sharding
+from roc.device import learner as learner_lib
 from roc.device import step as step_lib
 
 pytestmark = [
@@ -159,7 +160,7 @@ def test_the_update_compiles(devices):
   """Rows over 2 chips, heads over 2; 8 rows of 4096 tokens."""
   mesh = mesh_of(devices, 1, 2, 2)
   policy = model.Policy(CONFIG, mesh)
-  learner = step_lib.Learner(
+  learner = learner_lib.Learner(
     policy,
     optax.adamw(1e-6),
     step_lib.grpo_loss(policy, step_lib.LossConfig(), 1.0),
@@ -178,7 +179,7 @@ def test_the_update_compiles(devices):
     shape[:1], jnp.float32, sharding=rows
   )
   compiled, memory = compile_for(
-    *(mesh, learner.update, learner.abstract_state, batch),
+    *(mesh, learner.jitted, learner.abstract_state, {}, batch),
     optimization_level=19,  # O1: a third of the time
   )
   print(report(memory))

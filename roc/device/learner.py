@@ -1,0 +1,195 @@
+"""The jitted update: gradients over microbatches, optimizer, metrics.
+
+What is trained is the policy's parameters, or adapters beside a frozen base
+(`lora`): then gradients, optimizer and checkpoints hold adapters alone, and the
+learner keeps the base. On a single device it keeps it as the rollout engine
+wants it, so that both read the same arrays.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from roc.core import metrics
+from roc.device import lora, sharding
+from roc.device import model as model_lib
+from roc.device import step as step_lib
+
+Batch = step_lib.Batch
+TrainState = step_lib.TrainState
+
+
+class Learner:
+  """`update` for one loss on one mesh."""
+
+  def __init__(
+    self,
+    policy: model_lib.Policy,
+    optimizer: optax.GradientTransformation,
+    loss_fn: step_lib.LossFn,
+    mesh: jax.sharding.Mesh,
+    *,
+    n_microbatches: int = 1,
+  ):
+    self.policy = policy
+    self.mesh = mesh
+    self._optimizer = optimizer
+    self._loss_fn = loss_fn
+    self._n_microbatches = n_microbatches
+    self._has_base = bool(policy.lora.rank)
+    self._shares_base = mesh.size == 1 and policy.dtype == jnp.dtype(
+      policy.lora.base_dtype
+    )
+    self._abstract = jax.eval_shape(self._fresh, jax.random.key(0))
+    whole = sharding.replicated(mesh)
+    self.shardings = TrainState(
+      sharding.param_shardings(mesh, self._abstract.params),
+      sharding.state_shardings(mesh, self._abstract.opt_state),
+      whole,
+      whole if self._has_base else None,
+    )
+    # Empty where all parameters are trained.
+    self._base: model_lib.Params = {}
+    self._rows = sharding.batch_sharding(mesh)
+    self._init = jax.jit(self._fresh, out_shardings=self.shardings)
+    self._init_adapters = jax.jit(policy.init_adapters)
+    self._init_opt = jax.jit(self._with_params, out_shardings=self.shardings)
+    self._all = sharding.param_shardings(mesh, policy.abstract_params)
+    self._seal = functools.partial(lora.sealed, config=policy.lora)
+    self._freeze = jax.jit(self._seal, out_shardings=(self._all, whole))
+    self.abstract_base = self._abstract_base()
+    # Of state, base and batch.
+    self.jitted = jax.jit(
+      self._update_fn,
+      in_shardings=(
+        self.shardings,
+        jax.tree.map(lambda x: x.sharding, self.abstract_base),
+        self._rows,
+      ),
+      out_shardings=(self.shardings, whole),
+      donate_argnums=0,
+    )
+
+  def init(self, key: jax.Array) -> TrainState:
+    """Fresh parameters and optimizer, created where they are to lie."""
+    if not self._has_base:
+      return self._init(key)
+    base = jax.jit(self.policy.init, out_shardings=self._all)(key)
+    return self.start_from(base, key)
+
+  def start_from(
+    self, params: model_lib.Params, key: jax.Array | None = None
+  ) -> TrainState:
+    """Given parameters, fresh optimizer, step 0.
+
+    Args:
+      params: all of them; a base is taken from them, and adapters if they are
+        there (`lora.join`).
+      key: for adapters where they are not.
+    """
+    if not self._has_base:
+      return self._init_opt(jax.device_put(params, self.shardings.params), None)
+    params, adapters = lora.split(params)
+    self._base, seal_2 = self._freeze(params)
+    if self._shares_base:
+      self._base = self.policy.hold(self._base)
+    if not adapters["layers"]:
+      adapters = self._init_adapters(jax.random.key(0) if key is None else key)
+    adapters = jax.device_put(adapters, self.shardings.params)
+    return self._init_opt(adapters, seal_2)
+
+  def params(self, trained: Any) -> model_lib.Params:
+    """All parameters, from those of a `TrainState`; no array is copied."""
+    return self._joined(trained, self._base)
+
+  def update(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, step_lib.Metrics]:
+    """One step of the optimizer; `state` is donated.
+
+    Raises:
+      RuntimeError: there is no base yet.
+    """
+    if self._has_base and not self._base:
+      raise RuntimeError("start_from comes before update")
+    return self.jitted(state, self._base, batch)
+
+  @property
+  def abstract_state(self) -> TrainState:
+    """Shapes, dtypes and shardings, for restoring a checkpoint."""
+    return _placed(self._abstract, self.shardings)
+
+  def place(self, batch: dict[str, Any]) -> Batch:
+    """Host rows onto the mesh."""
+    return jax.device_put(batch, self._rows)
+
+  # ------------------------------------------------------------------ inside
+
+  def _fresh_trained(self, key):
+    if self._has_base:
+      return self.policy.init_adapters(key)
+    return self.policy.init(key)
+
+  def _fresh(self, key):
+    seal_2 = jnp.zeros(2, jnp.uint32) if self._has_base else None
+    return self._with_params(self._fresh_trained(key), seal_2)
+
+  def _with_params(self, params, seal_2):
+    opt_state = self._optimizer.init(params)
+    return TrainState(params, opt_state, jnp.int32(0), seal_2)
+
+  def _abstract_base(self) -> model_lib.Params:
+    """Shapes, dtypes and shardings of the base."""
+    if not self._has_base:
+      return {}
+    base, _ = jax.eval_shape(self._seal, self.policy.abstract_params)
+    if self._shares_base:
+      base = jax.eval_shape(self.policy.fuse, base)
+      whole = sharding.replicated(self.mesh)
+      return _placed(base, jax.tree.map(lambda _: whole, base))
+    return _placed(base, self._all)
+
+  def _joined(self, trained, base):
+    return self.policy.join(base, trained) if self._has_base else trained
+
+  def _update_fn(self, state: TrainState, base: model_lib.Params, batch: Batch):
+    grad_fn = jax.grad(
+      lambda trained, batch: self._loss_fn(self._joined(trained, base), batch),
+      has_aux=True,
+    )
+    M = self._n_microbatches
+    if M == 1:
+      grads, stats = grad_fn(state.params, batch)
+    else:
+      # Row b goes to microbatch b % M, so each holds rows of every device.
+      parts = jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), batch
+      )
+
+      def add_one(total, part):
+        return jax.tree.map(jnp.add, total, grad_fn(state.params, part)), None
+
+      zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(
+          grad_fn, state.params, jax.tree.map(lambda x: x[0], parts)
+        ),
+      )
+      (grads, stats), _ = jax.lax.scan(add_one, zeros, parts)
+    updates, opt_state = self._optimizer.update(
+      grads, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    stats["grad_norm"] = metrics.Mean(optax.tree.norm(grads), jnp.float32(1))
+    return TrainState(params, opt_state, state.step + 1, state.base), stats
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )

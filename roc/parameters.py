@@ -1,0 +1,197 @@
+"""What a run starts from, and what it left: parameters from everywhere.
+
+A run starts from fresh parameters, a Hugging Face folder or another run's
+checkpoint. A run of adapters saves these alone; whoever wants its policy gets
+the base from where the run had it, and is told if it is another one by now.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from roc import build, errors, pretrained
+from roc import config as config_lib
+from roc.device import checkpoint, lora, manifest, model, sharding
+from roc.device import learner as learner_lib
+from roc.device import step as step_lib
+
+
+def first_state(
+  cfg: config_lib.Config, learner: learner_lib.Learner
+) -> step_lib.TrainState:
+  """Parameters of `init_from` or `pretrained`, or fresh ones; fresh optimizer.
+
+  Raises:
+    errors.UserError: they cannot be had, or are another model's.
+  """
+  key = jax.random.key(cfg.seed)
+  if _is_fresh(cfg):
+    return learner.init(key)
+  return learner.start_from(
+    first_params(cfg, learner.policy, learner.mesh), key
+  )
+
+
+def go_on(
+  cfg: config_lib.Config,
+  first: step_lib.TrainState,
+  restored: checkpoint.Restored | None,
+) -> step_lib.TrainState:
+  """The state that a run goes on from: its checkpoint's, or the first.
+
+  Raises:
+    errors.UserError: the checkpoint has adapters for another base.
+  """
+  if restored is None:
+    return first
+  _check_base(cfg, f"step {restored.step}", first.base, restored.state.base)
+  return restored.state
+
+
+def first_params(
+  cfg: config_lib.Config, policy: model.Policy, mesh: jax.sharding.Mesh
+) -> model.Params:
+  """Parameters that a run starts from, laid out over a mesh.
+
+  Those of a run of adapters come with its adapters where `policy` has adapters
+  of the same kind, else added up.
+
+  Raises:
+    errors.UserError: they cannot be had, or are another model's.
+  """
+  if _is_fresh(cfg):
+    where = sharding.param_shardings(mesh, policy.abstract_params)
+    fresh = jax.jit(policy.init, out_shardings=where)
+    return fresh(jax.random.key(cfg.seed))
+  source = cfg.init_from or pretrained.folder(cfg, weights=True)
+  if cfg.init_from and not pretrained.is_model(source):
+    loaded = _load_run(pathlib.Path(source), policy, mesh)
+    build.say(loaded.where)
+    return loaded.params
+  build.say(f"parameters from {source}")
+  return pretrained.load(source, policy, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """Parameters and the checkpoint that they came from."""
+
+  params: Any
+  name: str  # its step and checksum, as a record keeps them
+  where: str  # a line for people
+
+
+def load_policy(
+  cfg: config_lib.Config,
+  source: str | pathlib.Path,
+  policy: model.Policy,
+  mesh: jax.sharding.Mesh,
+  step: int | None = None,
+) -> Loaded:
+  """All parameters of the newest whole checkpoint of a run, or of one `step`.
+
+  Args:
+    cfg: of the run.
+    source: a workdir, or the `checkpoints` directory in it.
+    policy: of `cfg`.
+    mesh: that the parameters are for.
+    step: of the checkpoint.
+
+  Raises:
+    errors.UserError: there is no whole checkpoint, or one of another model, or
+      its base is another one by now.
+  """
+  abstract = {"params": _abstract(policy.abstract_params, mesh)}
+  if not policy.lora.rank:
+    return _restore(pathlib.Path(source), abstract, step)
+  adapters = jax.eval_shape(policy.init_adapters, jax.random.key(0))
+  abstract = {
+    "params": _abstract(adapters, mesh),
+    "base": jax.ShapeDtypeStruct((2,), jnp.uint32),
+  }
+  loaded = _restore(pathlib.Path(source), abstract, step)
+  params, _ = lora.split(first_params(cfg, policy, mesh))
+  base, seal_2 = jax.jit(lambda x: lora.sealed(x, policy.lora))(params)
+  found = loaded.params
+  _check_base(cfg, loaded.name, seal_2, found["base"])
+  params = lora.join(base, found["params"])
+  return dataclasses.replace(loaded, params=params)
+
+
+def _load_run(
+  source: pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+) -> Loaded:
+  """Parameters of another run, whatever it trained."""
+  theirs = _config_of(source)
+  if theirs is None or not theirs.lora.rank:
+    plain = model.Policy(policy.config, mesh, policy.n_ids)
+    return load_policy(theirs or config_lib.Config(), source, plain, mesh)
+  adapted = model.Policy(policy.config, mesh, policy.n_ids, theirs.lora)
+  loaded = load_policy(theirs, source, adapted, mesh)
+  if theirs.lora == policy.lora:
+    return loaded
+  return dataclasses.replace(loaded, params=adapted.merged(loaded.params))
+
+
+def _config_of(source: pathlib.Path) -> config_lib.Config | None:
+  """The configuration of a run, where its checkpoint lies beside it."""
+  for path in (source / "config.json", source.parent / "config.json"):
+    if path.is_file():
+      return pretrained.settle(
+        config_lib.from_json(path.read_text(), str(path))
+      )
+  return None
+
+
+def _restore(
+  source: pathlib.Path, abstract: dict[str, Any], step: int | None
+) -> Loaded:
+  """Parts of a state; `params` alone if nothing else was asked for."""
+  inner = source / "checkpoints"
+  checkpoints = checkpoint.Checkpoints(inner if inner.is_dir() else source)
+  restored = checkpoints.restore(abstract, step, is_partial=True)
+  if restored is None:
+    raise errors.UserError(
+      f"no checkpoint under {source}; train one first, or point "
+      "config.init_from (for evaluate and rollout: --workdir) at a run's"
+      " directory"
+    )
+  notes = "; ".join(restored.notes)
+  found = checkpoints.path(restored.step)
+  state = restored.state
+  return Loaded(
+    state if len(abstract) > 1 else state["params"],
+    name=f"step {restored.step}, {manifest.fingerprint(found)}",
+    where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
+  )
+
+
+def _abstract(params: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Shapes, dtypes and shardings of parameters on a mesh."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    params,
+    sharding.param_shardings(mesh, params),
+  )
+
+
+def _is_fresh(cfg: config_lib.Config) -> bool:
+  return (cfg.init_from or cfg.pretrained) in ("", pretrained.RANDOM)
+
+
+def _check_base(
+  cfg: config_lib.Config, name: str, seal_2: Any, saved_2: Any
+) -> None:
+  if seal_2 is None or np.array_equal(np.asarray(seal_2), np.asarray(saved_2)):
+    return
+  key = "init_from" if cfg.init_from or not cfg.pretrained else "pretrained"
+  source = getattr(cfg, key) or "fresh parameters"
+  raise errors.UserError(
+    f"the checkpoint ({name}) holds adapters for another base than"
+    f" config.{key} gives now ({source}); give back the model that they were"
+    " trained on"
+  )
