@@ -9,7 +9,9 @@ the older checkpoints as they were, and a file that was cut or flipped later is
 noticed before it is believed.
 
 The directory must be on a file system that all processes share and that renames
-atomically.
+atomically, or in an object store such as `gs://bucket/run`. There nothing can
+be renamed: a checkpoint is written under its own name, and the manifest, the
+last file, makes it whole.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from roc import errors
@@ -51,11 +54,25 @@ class Restored:
 class Checkpoints:
   """The checkpoints of one run, in one directory."""
 
-  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
-    """Args: directory, made on the first save; keep, how many to leave."""
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    keep: int = 3,
+    is_remote: bool | None = None,
+  ):
+    """Finds nothing and makes nothing yet.
+
+    Args:
+      directory: made on the first save.
+      keep: how many to leave.
+      is_remote: whether it is in an object store; None: as its name says.
+    """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self.directory = pathlib.Path(directory).absolute()
+    self.directory = as_path(directory)
+    is_local = isinstance(self.directory, pathlib.Path)
+    self._is_remote = not is_local if is_remote is None else is_remote
     self.keep = keep
     self.notes: list[str] = []  # of the latest `restore`
 
@@ -70,11 +87,13 @@ class Checkpoints:
     """Returns the newest of `steps`, its contents not verified, or None."""
     return max(self.steps(), default=None)
 
-  def path(self, step: int) -> pathlib.Path:
+  def path(self, step: int) -> manifest_lib.Path:
     """Returns where the checkpoint of `step` lies, or would."""
     return self.directory / f"step_{step:08d}"
 
-  def save(self, step: int, state: Any, extra: dict[str, Any]) -> pathlib.Path:
+  def save(
+    self, step: int, state: Any, extra: dict[str, Any]
+  ) -> manifest_lib.Path:
     """Writes a checkpoint and returns when it is whole on disk.
 
     Every process of a multi-host run calls this with the same step.
@@ -94,25 +113,29 @@ class Checkpoints:
     leaves = _named_leaves(state)
     text = json.dumps(extra)
     target = self.path(step)
-    partial = self.directory / f"unfinished_{target.name}"
+    partial = target
+    if not self._is_remote:
+      partial = self.directory / f"unfinished_{target.name}"
     try:
       if _is_first_process():
         self.directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        manifest_lib.remove(partial)
+        partial.mkdir(parents=True, exist_ok=True)
       _barrier("checkpoint_begin")
       _write_arrays(partial / _ARRAYS, leaves)
       if _is_first_process():
         (partial / _EXTRA).write_text(text)
         body = {"format": _FORMAT, "leaves": _described(leaves)}
-        manifest_lib.write(partial, body)
-        self._make_room(target)
-        partial.rename(target)
-        manifest_lib.sync(self.directory)
+        manifest_lib.write(partial, body, is_remote=self._is_remote)
+        if not self._is_remote:
+          self._make_room(target)
+          partial.rename(target)
+          manifest_lib.sync(self.directory)
         self._remove_old()
       _barrier("checkpoint_end")
     except Exception as e:
-      shutil.rmtree(partial, ignore_errors=True)
+      with contextlib.suppress(Exception):
+        manifest_lib.remove(partial)
       if not _disk_error(e):
         raise
       raise errors.UserError(self._cannot_write(step, e)) from e
@@ -170,7 +193,7 @@ class Checkpoints:
       )
     return None
 
-  def _make_room(self, target: pathlib.Path) -> None:
+  def _make_room(self, target: manifest_lib.Path) -> None:
     """Clears the name of `target`; what is broken there is kept aside."""
     if not target.exists():
       return
@@ -187,7 +210,10 @@ class Checkpoints:
     target.rename(replaced)
 
   def _remove_old(self) -> None:
-    old = [self.path(s) for s in self.steps()[: -self.keep]]
+    steps = self.steps()
+    if self._is_remote:  # what has no manifest is not one of those to keep
+      steps = [s for s in steps if (self.path(s) / manifest_lib.NAME).exists()]
+    old = [self.path(s) for s in steps[: -self.keep]]
     for pattern in ("unfinished_*", "replaced_*"):
       old.extend(self.directory.glob(pattern))
     for path in old:
@@ -205,6 +231,13 @@ class Checkpoints:
       f" {_disk_error(e) or e}; {left}; mend that and run the same command"
       " again"
     )
+
+
+def as_path(name: str | os.PathLike[str]) -> manifest_lib.Path:
+  """An absolute path, or one of an object store such as `gs://bucket/run`."""
+  if "://" in os.fspath(name):
+    return epath.Path(name)
+  return pathlib.Path(name).absolute()
 
 
 # ------------------------------------------------------------------ contents
@@ -253,7 +286,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
 
 
-def _write_arrays(path: pathlib.Path, leaves: dict[str, Any]) -> None:
+def _write_arrays(path: manifest_lib.Path, leaves: dict[str, Any]) -> None:
   # Orbax refuses arrays without elements; their shape is in the manifest.
   arrays = {
     name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
@@ -277,7 +310,10 @@ def _quiet() -> Generator[None, None, None]:
 
 
 def _read_arrays(
-  path: pathlib.Path, saved: dict[str, Any], abstract: Any, is_partial: bool
+  path: manifest_lib.Path,
+  saved: dict[str, Any],
+  abstract: Any,
+  is_partial: bool,
 ) -> Any:
   wanted = _named_leaves(abstract)
   _require_same(path, saved, wanted, is_partial)
@@ -322,7 +358,7 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 
 def _require_same(
-  path: pathlib.Path,
+  path: manifest_lib.Path,
   saved: dict[str, Any],
   wanted: dict[str, Any],
   is_partial: bool,

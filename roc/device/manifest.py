@@ -2,7 +2,8 @@
 
 What has no manifest was never finished; what does not match it was damaged
 afterwards. Sizes and CRC-32 find cut files and flipped bits, which is what
-killed processes and bad disks do; they are no defence against forgery.
+killed processes and bad disks do; they are no defence against forgery. In an
+object store, which keeps checksums of its own, sizes are all that is recorded.
 """
 
 import json
@@ -10,7 +11,10 @@ import os
 import pathlib
 import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any
+
+from etils import epath
 
 NAME = "manifest.json"
 
@@ -19,19 +23,28 @@ class Broken(Exception):
   """The directory does not hold what its manifest says; the text says how."""
 
 
-def write(directory: pathlib.Path, body: dict[str, Any]) -> None:
+# A local path, or one of etils' for what is not local.
+Path = pathlib.Path | epath.Path
+
+
+def write(directory: Path, body: dict[str, Any], *, is_remote: bool) -> None:
   """Records every file under `directory` and forces all of it to the disk.
 
   Args:
     directory: complete but for the manifest.
     body: JSON-able, returned by `verify`; `files` is added to it.
+    is_remote: it lies in an object store.
   """
   files = {
-    p.relative_to(directory).as_posix(): _checksum(p, sync_too=True)
-    for p in sorted(directory.rglob("*"))
-    if p.is_file() and p.name != NAME
+    name: [_size(path), None] if is_remote else _checksum(path, sync_too=True)
+    for name, path in sorted(_files(directory))
+    if path.name != NAME
   }
   body = {**body, "files": files}
+  if is_remote:
+    text = json.dumps({"crc32": _crc_of(body), "body": body})
+    (directory / NAME).write_text(text)
+    return
   with open(directory / NAME, "w") as f:
     json.dump({"crc32": _crc_of(body), "body": body}, f)
     f.flush()
@@ -41,7 +54,7 @@ def write(directory: pathlib.Path, body: dict[str, Any]) -> None:
       sync(path)
 
 
-def verify(directory: pathlib.Path) -> dict[str, Any]:
+def verify(directory: Path) -> dict[str, Any]:
   """Returns the manifest's body if every file is as it was written.
 
   Raises:
@@ -58,28 +71,32 @@ def verify(directory: pathlib.Path) -> dict[str, Any]:
     raise Broken(f"{NAME} does not match its own checksum")
   for name, expected in body["files"].items():
     try:
-      size = (directory / name).stat().st_size
+      size = _size(directory / name)
       if size != expected[0]:
         raise Broken(f"{name} has {size} bytes and had {expected[0]}")
-      if _checksum(directory / name) != expected:
+      is_summed = expected[1] is not None
+      if is_summed and _checksum(directory / name) != expected:
         raise Broken(f"{name} does not match its checksum")
     except OSError as e:
       raise Broken(f"{name}: {e.strerror}") from None
   return body
 
 
-def fingerprint(directory: pathlib.Path) -> str:
+def fingerprint(directory: Path) -> str:
   """Returns 8 hex digits that tell contents apart; verifies nothing."""
   return f"{zlib.crc32((directory / NAME).read_bytes()):08x}"
 
 
-def remove(directory: pathlib.Path) -> None:
+def remove(directory: Path) -> None:
   """Deletes `directory`, manifest first: half a deletion never looks whole."""
   (directory / NAME).unlink(missing_ok=True)
-  shutil.rmtree(directory, ignore_errors=True)
+  if isinstance(directory, pathlib.Path):
+    shutil.rmtree(directory, ignore_errors=True)
+  elif directory.exists():
+    directory.rmtree()
 
 
-def sync(directory: pathlib.Path) -> None:
+def sync(directory: Path) -> None:
   """Forces the names in `directory` to the disk."""
   fd = os.open(directory, os.O_RDONLY)
   try:
@@ -92,10 +109,24 @@ def _crc_of(body: Any) -> int:
   return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _checksum(path: pathlib.Path, *, sync_too: bool = False) -> list[int]:
+def _files(directory: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+  """Files below a directory, by their names relative to it."""
+  for path in directory.iterdir():
+    if path.is_dir():
+      yield from _files(path, f"{prefix}{path.name}/")
+    else:
+      yield prefix + path.name, path
+
+
+def _size(path: Path) -> int:
+  stat = path.stat()
+  return stat.st_size if isinstance(stat, os.stat_result) else stat.length
+
+
+def _checksum(path: Path, *, sync_too: bool = False) -> list[int]:
   """Returns [size, CRC-32]."""
   size = crc = 0
-  with open(path, "rb") as f:
+  with path.open("rb") as f:
     while block := f.read(1 << 22):
       size += len(block)
       crc = zlib.crc32(block, crc)

@@ -205,6 +205,62 @@ def test_another_shape_dtype_or_tree_is_no_fallback(tmp_path, change, text):
   assert "step_00000010" in str(e.value)
 
 
+# ------------------------------------------------------- where nothing renames
+
+
+def remote(tmp_path, keep=3):
+  """A directory that is treated as one of an object store."""
+  return checkpoint.Checkpoints(tmp_path / "c", keep=keep, is_remote=True)
+
+
+def test_an_object_store_holds_the_same(tmp_path, monkeypatch):
+  for cls in (pathlib.Path, type(tmp_path)):
+    monkeypatch.setattr(cls, "rename", None)
+  checkpoints = remote(tmp_path, keep=2)
+  for step in (1, 2, 3, 3):
+    path = checkpoints.save(step, make_state(step), {"cursor": step})
+    assert path == checkpoints.path(step)
+  assert checkpoints.steps() == [2, 3]
+  restored = remote(tmp_path).restore(make_state(0))
+  assert restored.step == 3 and restored.extra == {"cursor": 3}
+  assert_equal_bits(restored.state, make_state(3))
+
+
+def test_in_an_object_store_the_manifest_makes_it_whole(tmp_path):
+  """A save that was killed leaves a directory without one."""
+  checkpoints = remote(tmp_path, keep=1)
+  checkpoints.save(1, make_state(1), {})
+  killed = checkpoints.save(2, make_state(2), {})
+  # That the second was kept took the first away: again, the other way round.
+  checkpoints.save(3, make_state(3), {})
+  assert not killed.exists()
+  broken = checkpoints.path(4)
+  broken.mkdir()
+  (broken / "extra.json").write_text("{}")
+  restored = checkpoints.restore(make_state(0))
+  assert restored.step == 3
+  assert "step_00000004: manifest.json is missing" in restored.notes[0]
+  checkpoints.save(4, make_state(4), {})
+  assert checkpoints.restore(make_state(0)).step == 4
+  assert checkpoints.steps() == [4]
+
+
+def test_sizes_are_watched_in_an_object_store(tmp_path):
+  checkpoints = remote(tmp_path)
+  for step in (1, 2):
+    checkpoints.save(step, make_state(step), {})
+  (cut, *_) = data_files(checkpoints.path(2))
+  cut.write_bytes(cut.read_bytes()[:-1])
+  restored = checkpoints.restore(make_state(0))
+  assert restored.step == 1 and "bytes and had" in restored.notes[0]
+
+
+def test_names_of_object_stores_are_kept():
+  path = checkpoint.as_path("gs://bucket/run/checkpoints")
+  assert str(path / "step_1") == "gs://bucket/run/checkpoints/step_1"
+  assert checkpoint.as_path("a").is_absolute()
+
+
 def test_python_numbers_belong_into_extra(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path / "c")
   with pytest.raises(TypeError, match="leaf step"):

@@ -1,0 +1,116 @@
+"""From a Hugging Face folder to a run and back, with Qwen3's own tokenizer.
+
+A model of two layers and random weights first learns a few tool calls by heart,
+so that the runs behind it have calls to make; then every stage of the recipe
+runs as it stands in experiments/.
+"""
+
+import json
+import pathlib
+
+import pytest
+
+from experiments import qwen3_0p6b_gsm8k, rlinf_7b
+from experiments.rstar2 import sft as sft_stage
+from experiments.rstar2 import stage1, stage2, stage3
+from roc import collect, config, evaluate, export, pretrained, sft, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+CALLS = ROOT / "experiments" / "data" / "gsm8k" / "calls.jsonl"
+
+pytestmark = pytest.mark.slow
+
+
+def tiny(module, **changes):
+  c = module.get_config("tiny")
+  c.log.progress = False
+  c.log.tensorboard = False
+  for name, value in changes.items():
+    section, _, key = name.rpartition("__")
+    setattr(getattr(c, section) if section else c, key, value)
+  return config.resolve(c)
+
+
+def rows_of(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_trained(workdir):
+  """Rollouts called the real tool, and the update had something to do."""
+  metrics = rows_of(workdir / "metrics.jsonl")
+  assert [row["step"] for row in metrics] == [0, 1, 2]
+  assert all(row["grad_norm"] > 0 for row in metrics[1:])
+  assert all(row["mismatch_kl"] < 1e-6 for row in metrics[1:])
+  assert all(row["time/text"] < row["time/step"] for row in metrics[1:])
+  rollouts = rows_of(workdir / "rollouts" / "step_000001.jsonl")
+  assert len({r["task_index"] for r in rollouts}) == 2 and len(rollouts) == 8
+  assert sum(r["kept"] for r in rollouts) == 4
+  return [record for r in rollouts for record in r["tool_records"]]
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+  """A supervised policy that calls the tool."""
+  path = tmp_path_factory.mktemp("learnt")
+  lines = CALLS.read_text().splitlines()
+  (path / "few.jsonl").write_text("\n".join(sorted(lines, key=len)[:2]))
+  cfg = tiny(
+    sft_stage,
+    sft__data=(str(path / "few.jsonl"),),
+    sft__steps=60,
+    sft__rows=1,
+    sft__length=768,
+    sft__lr=1e-2,
+  )
+  sft.run(cfg, path / "sft")
+  losses = [row["loss"] for row in rows_of(path / "sft" / "metrics.jsonl")]
+  assert losses[-1] < 0.5 * losses[0]
+  return path / "sft"
+
+
+@pytest.fixture(scope="module")
+def staged(learnt, tmp_path_factory):
+  """The three stages, each from the one before."""
+  path, source, calls = tmp_path_factory.mktemp("staged"), learnt, []
+  for module in (stage1, stage2):
+    name = module.__name__.rpartition(".")[2]
+    train.run(tiny(module, init_from=str(source)), path / name)
+    calls += assert_trained(path / name)
+    source = path / name
+  chosen = tiny(
+    stage2, collect__task="train", collect__n_problems=6, collect__samples=2
+  )
+  collect.run(chosen, source)
+  last = tiny(
+    stage3,
+    init_from=str(source),
+    host__gin_bindings=(
+      "Toolbox.tool = 'python'",
+      f"train/FileTask.rollouts = '{source}/rollouts/collect_train'",
+      "train/FileTask.max_pass_rate = 0.99",
+    ),
+  )
+  train.run(last, path / "stage3")
+  calls += assert_trained(path / "stage3")
+  assert calls and any(c["status"] != "rejected" for c in calls), calls
+  return path / "stage3"
+
+
+def test_the_recipe_from_the_first_stage_to_a_folder(staged, tmp_path, capsys):
+  """And the folder starts a run of its own, which can be judged."""
+  cfg = pretrained.settle(export.read_config(staged))
+  export.export(cfg, staged, tmp_path / "model", dtype="float32")
+  again = tiny(stage1, pretrained=str(tmp_path / "model"), init_from="")
+  train.run(again, tmp_path / "again")
+  assert_trained(tmp_path / "again")
+  evaluate.run(again, tmp_path / "again")
+  assert "accuracy" in json.loads(
+    (tmp_path / "again" / "eval.json").read_text()
+  )
+
+
+@pytest.mark.parametrize("module", [rlinf_7b, qwen3_0p6b_gsm8k])
+def test_the_smaller_recipes(module, tmp_path):
+  """From random weights, with the tokenizer and template of the folder."""
+  train.run(tiny(module), tmp_path / "run")
+  assert_trained(tmp_path / "run")
