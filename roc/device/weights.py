@@ -9,10 +9,11 @@ never holds the whole model on the host. Matrices there are [out, in], ours are
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from roc.device import model as model_lib
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
+_PLACED_BYTES = 256 << 20  # read and handed over at a time
 _N_NAMED = 5  # names in a message
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold it
 
@@ -110,14 +112,46 @@ def load(
     files.check(jax.tree.leaves(leaves), policy.config.tie_embeddings)
 
     def read(leaf: Leaf) -> jax.Array:
-      where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
       kind = np.float32 if leaf.is_vector else jnp.dtype(dtype)
-      part = lambda index: files.read(leaf, index).astype(kind, copy=False)
-      made = jax.make_array_from_callback(leaf.shape, where, part)
       # One after the other, so that the host holds one at a time.
-      return jax.block_until_ready(made)
+      return jax.block_until_ready(_place(files, leaf, mesh, kind))
 
     return jax.tree.map(read, leaves)
+
+
+def _place(
+  files: "_Files", leaf: Leaf, mesh: jax.sharding.Mesh, dtype: Any
+) -> jax.Array:
+  """A parameter on its devices, a few layers at a time.
+
+  The layers of one matrix of a 14B model are 14 GB in float32: stacked on the
+  host first, they would be most of what it holds.
+  """
+  where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
+
+  def read(names: Sequence[str]) -> jax.Array:
+    shape = (len(names), *leaf.shape[1:]) if leaf.is_stacked else leaf.shape
+    part = lambda index: files.read(leaf, names, index, dtype)
+    return jax.make_array_from_callback(shape, where, part)
+
+  n_layers = leaf.shape[0] if leaf.is_stacked else 1
+  layer_bytes = math.prod(leaf.shape) // n_layers * jnp.dtype(dtype).itemsize
+  n = max(1, _PLACED_BYTES // layer_bytes)
+  if n >= n_layers:
+    return read(leaf.names)
+  fill = lambda: jnp.zeros(leaf.shape, dtype)
+  whole = jax.jit(fill, out_shardings=where)()
+  put = jax.jit(
+    lambda whole, part, first: jax.lax.dynamic_update_slice_in_dim(
+      whole, part, first, axis=0
+    ),
+    donate_argnums=0,
+    out_shardings=where,
+  )
+  for first in range(0, n_layers, n):
+    part = read(leaf.names[first : first + n])
+    whole = jax.block_until_ready(put(whole, part, first))
+  return whole
 
 
 class _Files:
@@ -185,24 +219,30 @@ class _Files:
   def _slice(self, name: str) -> Any:
     return self._open[self._file_of[name]].get_slice(name)
 
-  def read(self, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
-    """A part of a parameter, in float32."""
+  def read(
+    self,
+    leaf: Leaf,
+    names: Sequence[str],
+    index: tuple[slice, ...],
+    dtype: Any,
+  ) -> np.ndarray:
+    """A part of a parameter that is made of some of its tensors."""
     if not leaf.is_stacked:
-      return self._read(leaf, leaf.names[0], index)
-    names = leaf.names[index[0]]
-    first = self._read(leaf, names[0], index[1:])
-    part = np.empty((len(names), *first.shape), np.float32)
-    part[0] = first
+      return self._read(leaf, names[0], index, dtype)
+    names = names[index[0]]
+    layer = self._read(leaf, names[0], index[1:], dtype)
+    part = np.empty((len(names), *layer.shape), dtype)
+    part[0] = layer
     for i, name in enumerate(names[1:], 1):
-      part[i] = self._read(leaf, name, index[1:])
+      part[i] = self._read(leaf, name, index[1:], dtype)
     return part
 
   def _read(
-    self, leaf: Leaf, name: str, index: tuple[slice, ...]
+    self, leaf: Leaf, name: str, index: tuple[slice, ...], dtype: Any
   ) -> np.ndarray:
     tensor = self._slice(name)[index[::-1] if leaf.is_transposed else index]
     tensor = tensor.T if leaf.is_transposed else tensor
-    return np.asarray(tensor, np.float32)
+    return np.asarray(tensor, dtype)
 
 
 def export(

@@ -1,6 +1,7 @@
 """Weights of small models of every family: what they compute, in and out."""
 
 import json
+import math
 import pathlib
 import shutil
 
@@ -75,6 +76,33 @@ def test_the_engine_draws_the_reference_s_greedy_tokens(name):
   want = [ids.tolist() for ids in golden["greedy"]]
   assert [tokens[handle] for handle in handles] == want
   assert len({tuple(ids) for ids in want}) == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_layers_may_be_placed_one_by_one(monkeypatch, shape):
+  """As those of a large model are: the same numbers in the same places."""
+  _, plain = load(MODELS / "qwen3", *shape)
+  for layers in (1, 2):
+    policy = model.Policy(families.read(MODELS / "qwen3"))
+    up = policy.abstract_params["layers"]["up_proj"]["kernel"]
+    monkeypatch.setattr(
+      weights, "_PLACED_BYTES", layers * (4 * math.prod(up.shape) // 3)
+    )
+    _, params = load(MODELS / "qwen3", *shape)
+    jax.tree.map(np.testing.assert_array_equal, params, plain)
+    same = lambda a, b: a.sharding == b.sharding
+    assert all(jax.tree.leaves(jax.tree.map(same, params, plain)))
+
+
+def test_matrices_may_be_kept_in_sixteen_bits():
+  policy, plain = load(MODELS / "qwen2")
+  folder = MODELS / "qwen2"
+  params = weights.load(folder, policy, mesh(), dtype="bfloat16")
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    is_vector = path[-1].key in ("scale", "bias")
+    assert x.dtype == (jnp.float32 if is_vector else jnp.bfloat16)
+  rounded = jax.tree.map(lambda x, y: y.astype(x.dtype), params, plain)
+  jax.tree.map(np.testing.assert_array_equal, params, rounded)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
