@@ -2,15 +2,17 @@
 
 Writes a checkpoint of a published shape with random bfloat16 numbers, several
 files and an index, and loads it into float32 parameters in a process of its own
-each time: ours parameter by parameter, and the plain way, which reads every
-tensor and then stacks and places them. Memory is the most private memory of the
-process beyond what it had before (files that are mapped do not count), beside
-the size of the parameters; on a CPU these lie in the same memory.
+each time: ours tensor by tensor, and the plain way, which reads every tensor
+and then stacks and places them. Memory is the most resident memory of the
+process beyond what it had before, pages of mapped files included, beside the
+size of the parameters; on a CPU these lie in the same memory. With --devices
+the CPU is that many devices, and the parameters are split over all of them.
 
   python -m benchmarks.load [--json] [--model Qwen/Qwen3-1.7B] [--repeats 3]
 """
 
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -50,7 +52,9 @@ def write(folder: pathlib.Path, name: str) -> None:
 def load(folder: pathlib.Path, side: str) -> model.Params:
   """One way of getting the parameters onto the device."""
   policy = model.Policy(families.read(folder))
-  mesh = sharding.make_mesh(1, 1, 1)
+  n_devices = len(jax.devices())
+  n_tensor = 2 if n_devices % 2 == 0 else 1
+  mesh = sharding.make_mesh(1, n_devices // n_tensor, n_tensor)
   if side == "ours":
     return weights.load(folder, policy, mesh)
   tensors = {}
@@ -64,28 +68,29 @@ def load(folder: pathlib.Path, side: str) -> model.Params:
       for n in leaf.names
     ]
     whole = np.stack(parts) if leaf.is_stacked else parts[0]
-    return jax.device_put(whole)
+    where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
+    return jax.device_put(whole, where)
 
   return jax.tree_util.tree_map_with_path(place, policy.abstract_params)
 
 
-def private_bytes() -> int:
-  """Anonymous resident memory of this process."""
+def resident_bytes() -> int:
+  """Memory of this process, mapped files included."""
   status = pathlib.Path("/proc/self/status").read_text()
-  line = next(x for x in status.splitlines() if x.startswith("RssAnon"))
+  line = next(x for x in status.splitlines() if x.startswith("VmRSS"))
   return int(line.split()[1]) << 10
 
 
 def run_side(folder: pathlib.Path, side: str) -> dict[str, float]:
   """Loads once and runs one forward pass; seconds and bytes."""
   jax.block_until_ready(jnp.zeros(1))
-  before = most = private_bytes()
+  before = most = resident_bytes()
   is_over = threading.Event()
 
   def watch() -> None:
     nonlocal most
     while not is_over.wait(0.005):
-      most = max(most, private_bytes())
+      most = max(most, resident_bytes())
 
   watcher = threading.Thread(target=watch)
   watcher.start()
@@ -103,26 +108,44 @@ def run_side(folder: pathlib.Path, side: str) -> dict[str, float]:
     "forward": time.perf_counter() - loaded,
     "most": most - before,
     "size": sum(x.nbytes for x in jax.tree.leaves(params)),
-    "largest": max(x.nbytes for x in jax.tree.leaves(params)),
+    "largest": largest_tensor(params),
   }
 
 
-def in_a_process(folder: pathlib.Path, side: str) -> dict[str, float]:
+def largest_tensor(params: model.Params) -> int:
+  """Bytes of the largest in float32; layers are tensors of their own."""
+  found = 0
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    leaf = weights.Leaf(sharding.path_name(path), x.shape)
+    found = max(found, x.nbytes // len(leaf.names))
+  return found
+
+
+def in_a_process(
+  folder: pathlib.Path, side: str, n_devices: int
+) -> dict[str, float]:
   """`run_side`, in a fresh interpreter."""
   command = [sys.executable, "-m", "benchmarks.load"]
   command += [f"--folder={folder}", f"--side={side}"]
-  found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+  flag = f"--xla_force_host_platform_device_count={n_devices}"
+  found = subprocess.run(
+    command,
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+    env={**os.environ, **({"XLA_FLAGS": flag} if n_devices > 1 else {})},
+  )
   return json.loads(found.stdout.splitlines()[-1])
 
 
 def measure(
-  name: str, folder: pathlib.Path, repeats: int
+  name: str, folder: pathlib.Path, repeats: int, n_devices: int
 ) -> Iterator[common.Row]:
   """Both sides in turns."""
   runs = {side: [] for side in SIDES}
   for _ in range(repeats):
     for side in SIDES:
-      runs[side].append(in_a_process(folder, side))
+      runs[side].append(in_a_process(folder, side, n_devices))
   median = lambda side, key: statistics.median(r[key] for r in runs[side])
   size, largest = median("ours", "size"), median("ours", "largest")
   row = lambda what, ours, peer, of, unit: common.Row(
@@ -147,6 +170,7 @@ def main() -> None:
     "--model", choices=families.PUBLISHED, default="Qwen/Qwen3-0.6B"
   )
   parser.add_argument("--repeats", type=int, default=1)
+  parser.add_argument("--devices", type=int, default=1)
   parser.add_argument("--folder", type=pathlib.Path, help="for its own use")
   parser.add_argument("--side", choices=SIDES, help="for its own use")
   args = parser.parse_args()
@@ -156,7 +180,9 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch) / "model"
     write(folder, args.model)
-    common.emit(list(measure(args.model, folder, args.repeats)), args.json)
+    common.emit(
+      list(measure(args.model, folder, args.repeats, args.devices)), args.json
+    )
 
 
 if __name__ == "__main__":

@@ -1,35 +1,33 @@
 """Weights between Hugging Face folders (safetensors) and the parameter tree.
 
-A folder holds `model.safetensors`, or several files and an index. Every device
-reads its own part of every tensor, one parameter after the other, so a process
-never holds the whole model on the host. Matrices there are [out, in], ours are
-[in, out]; layers there are apart, ours are stacked.
+Matrices there are [out, in], ours are [in, out]; layers there are apart, ours
+are stacked. `load` makes room for the stacks on the devices and then reads
+tensor by tensor: every device gets its own part, in the file's own type, and
+converts it as it puts it into place. So the host never holds more than one
+tensor, however large the model.
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
-import math
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from roc import errors
-from roc.device import families, sharding
+from roc.device import families, sharding, tensor_files
 from roc.device import model as model_lib
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = tensor_files.SINGLE_FILE
+INDEX_FILE = tensor_files.INDEX_FILE
 _SHARD_BYTES = 4 << 30
-_PLACED_BYTES = 256 << 20  # read and handed over at a time
 _N_NAMED = 5  # names in a message
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold it
 
@@ -70,6 +68,10 @@ class Leaf:
   def is_vector(self) -> bool:
     return self.path.endswith(("/scale", "/bias"))
 
+  def dtype(self, of_matrices: str) -> jnp.dtype:
+    """Of the parameter: vectors are few, and stay float32."""
+    return jnp.dtype("float32" if self.is_vector else of_matrices)
+
   @property
   def names(self) -> list[str]:
     """Of the tensors, layer by layer."""
@@ -101,148 +103,117 @@ def load(
 
   Raises:
     errors.UserError: a file is missing or cut off, or tensors are missing,
-      left over or of other shapes; names them.
+      left over or of other shapes or types; names them.
   """
-  with contextlib.ExitStack() as stack:
-    files = _Files(pathlib.Path(folder), stack)
-    leaves = jax.tree_util.tree_map_with_path(
-      lambda path, x: Leaf(sharding.path_name(path), x.shape),
-      policy.abstract_params,
-    )
-    files.check(jax.tree.leaves(leaves), policy.config.tie_embeddings)
+  source = tensor_files.Folder(pathlib.Path(folder))
+  leaves = jax.tree_util.tree_map_with_path(
+    lambda path, x: Leaf(sharding.path_name(path), x.shape),
+    policy.abstract_params,
+  )
+  _check(source, jax.tree.leaves(leaves), policy.config.tie_embeddings)
+  place_of = {
+    name: (leaf, i)
+    for leaf in jax.tree.leaves(leaves)
+    for i, name in enumerate(leaf.names)
+  }
+  placed = _stacks(jax.tree.leaves(leaves), mesh, dtype)
+  for name, tensor in source.read(list(place_of)):
+    leaf, i = place_of[name]
+    part = _place(tensor, leaf, mesh)
+    where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
+    if leaf.is_stacked:
+      part = _put_layer(where)(placed[leaf.path], part, i)
+    else:
+      part = _copy_as(where, leaf.dtype(dtype))(part)
+    # One after the other, so that the host holds one at a time.
+    placed[leaf.path] = jax.block_until_ready(part)
+    del tensor, part
+  return jax.tree.map(lambda leaf: placed[leaf.path], leaves)
 
-    def read(leaf: Leaf) -> jax.Array:
-      kind = np.float32 if leaf.is_vector else jnp.dtype(dtype)
-      # One after the other, so that the host holds one at a time.
-      return jax.block_until_ready(_place(files, leaf, mesh, kind))
 
-    return jax.tree.map(read, leaves)
+def _stacks(
+  leaves: list[Leaf], mesh: jax.sharding.Mesh, dtype: str
+) -> dict[str, jax.Array]:
+  """Room on the devices for what has several layers."""
+  stacked = [leaf for leaf in leaves if leaf.is_stacked]
+  make = lambda: {x.path: jnp.zeros(x.shape, x.dtype(dtype)) for x in stacked}
+  where = {
+    x.path: sharding.param_sharding(mesh, x.path, x.shape) for x in stacked
+  }
+  return jax.jit(make, out_shardings=where)()
 
 
 def _place(
-  files: "_Files", leaf: Leaf, mesh: jax.sharding.Mesh, dtype: Any
+  tensor: np.ndarray, leaf: Leaf, mesh: jax.sharding.Mesh
 ) -> jax.Array:
-  """A parameter on its devices, a few layers at a time.
-
-  The layers of one matrix of a 14B model are 14 GB in float32: stacked on the
-  host first, they would be most of what it holds.
-  """
+  """A tensor in its own type, its parts on the devices that keep them."""
+  tensor = tensor.T if leaf.is_transposed else tensor
+  if tensor.dtype == np.float16:  # not every accelerator knows it
+    tensor = tensor.astype(np.float32)
   where = sharding.param_sharding(mesh, leaf.path, leaf.shape)
+  if leaf.is_stacked:
+    spec = jax.sharding.PartitionSpec(*where.spec[1:])
+    where = jax.sharding.NamedSharding(mesh, spec)
+  part = lambda index: tensor[index]
+  return jax.make_array_from_callback(tensor.shape, where, part)
 
-  def read(names: Sequence[str]) -> jax.Array:
-    shape = (len(names), *leaf.shape[1:]) if leaf.is_stacked else leaf.shape
-    part = lambda index: files.read(leaf, names, index, dtype)
-    return jax.make_array_from_callback(shape, where, part)
 
-  n_layers = leaf.shape[0] if leaf.is_stacked else 1
-  layer_bytes = math.prod(leaf.shape) // n_layers * jnp.dtype(dtype).itemsize
-  n = max(1, _PLACED_BYTES // layer_bytes)
-  if n >= n_layers:
-    return read(leaf.names)
-  fill = lambda: jnp.zeros(leaf.shape, dtype)
-  whole = jax.jit(fill, out_shardings=where)()
-  put = jax.jit(
-    lambda whole, part, first: jax.lax.dynamic_update_slice_in_dim(
-      whole, part, first, axis=0
-    ),
-    donate_argnums=0,
-    out_shardings=where,
+@functools.cache
+def _put_layer(where: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
+  """Sets a layer of a stack, in place."""
+  put = lambda stack, layer, i: jax.lax.dynamic_update_index_in_dim(
+    stack, layer.astype(stack.dtype), i, axis=0
   )
-  for first in range(0, n_layers, n):
-    part = read(leaf.names[first : first + n])
-    whole = jax.block_until_ready(put(whole, part, first))
-  return whole
+  return jax.jit(put, donate_argnums=0, out_shardings=where)
 
 
-class _Files:
-  """The tensors of a folder."""
+@functools.cache
+def _copy_as(
+  where: jax.sharding.NamedSharding, dtype: Any
+) -> Callable[..., jax.Array]:
+  """Never the array itself, which may lie in the file's own pages."""
+  copy = lambda x: jnp.copy(x).astype(dtype)
+  return jax.jit(copy, out_shardings=where)
 
-  def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
-    self._folder = folder
-    self._file_of: dict[str, str] = {}
-    self._open: dict[str, Any] = {}
-    for name in self._file_names():
-      path = folder / name
-      try:
-        opened = stack.enter_context(safetensors.safe_open(path, "numpy"))
-      except FileNotFoundError as e:
-        raise errors.UserError(f"{path} is missing") from e
-      except (safetensors.SafetensorError, OSError) as e:
-        raise errors.UserError(
-          f"{path} is no whole safetensors file ({e}); fetch it again"
-        ) from e
-      self._open[name] = opened
-      self._file_of |= dict.fromkeys(opened.keys(), name)
 
-  def _file_names(self) -> list[str]:
-    path = self._folder / INDEX_FILE
-    if not path.exists():
-      if not (self._folder / SINGLE_FILE).exists():
-        raise errors.UserError(
-          f"{self._folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}"
-        )
-      return [SINGLE_FILE]
-    try:
-      names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-      return sorted(set(names.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-      raise errors.UserError(f"{path} is no index of safetensors") from e
+def _check(
+  source: tensor_files.Folder, leaves: list[Leaf], is_tied: bool
+) -> None:
+  """Raises a UserError unless the tensors are those of the model."""
+  wanted = {name: leaf for leaf in leaves for name in leaf.names}
+  missing = [name for name in wanted if name not in source.tensors]
+  if missing:
+    raise _error(source, "lacks", missing)
+  allowed = {*wanted, *([_NAMES["head/kernel"]] if is_tied else [])}
+  surplus = [
+    name
+    for name in source.tensors
+    if name not in allowed and not _IGNORED.match(name)
+  ]
+  if surplus:
+    raise _error(source, "holds, and the model has no place for,", surplus)
+  for name, leaf in wanted.items():
+    tensor = source.tensors[name]
+    path = source.path / tensor.file
+    if tensor.shape != leaf.tensor_shape:
+      raise errors.UserError(
+        f"{path}: {name} is of shape {tensor.shape}, and config.json says"
+        f" {leaf.tensor_shape}"
+      )
+    if tensor.kind not in tensor_files.DTYPES:
+      raise errors.UserError(
+        f"{path}: {name} is of type {tensor.kind}; weights must be"
+        f" {', '.join(tensor_files.DTYPES)}"
+      )
 
-  def check(self, leaves: list[Leaf], is_tied: bool) -> None:
-    """Raises a UserError unless the tensors are those of the model."""
-    wanted = {name: leaf for leaf in leaves for name in leaf.names}
-    missing = [name for name in wanted if name not in self._file_of]
-    if missing:
-      raise self._error("lacks", missing)
-    extra = {_NAMES["head/kernel"]} if is_tied else set()
-    surplus = [
-      name
-      for name in self._file_of
-      if name not in wanted | dict.fromkeys(extra) and not _IGNORED.match(name)
-    ]
-    if surplus:
-      raise self._error("holds, and the model has no place for,", surplus)
-    for name, leaf in wanted.items():
-      shape = tuple(self._slice(name).get_shape())
-      if shape != leaf.tensor_shape:
-        raise errors.UserError(
-          f"{self._folder / self._file_of[name]}: {name} is of shape {shape},"
-          f" and config.json says {leaf.tensor_shape}"
-        )
 
-  def _error(self, what: str, names: list[str]) -> errors.UserError:
-    more = len(names) - _N_NAMED
-    listed = ", ".join(names[:_N_NAMED])
-    rest = f" and {more} more" if more > 0 else ""
-    return errors.UserError(f"{self._folder} {what} {listed}{rest}")
-
-  def _slice(self, name: str) -> Any:
-    return self._open[self._file_of[name]].get_slice(name)
-
-  def read(
-    self,
-    leaf: Leaf,
-    names: Sequence[str],
-    index: tuple[slice, ...],
-    dtype: Any,
-  ) -> np.ndarray:
-    """A part of a parameter that is made of some of its tensors."""
-    if not leaf.is_stacked:
-      return self._read(leaf, names[0], index, dtype)
-    names = names[index[0]]
-    layer = self._read(leaf, names[0], index[1:], dtype)
-    part = np.empty((len(names), *layer.shape), dtype)
-    part[0] = layer
-    for i, name in enumerate(names[1:], 1):
-      part[i] = self._read(leaf, name, index[1:], dtype)
-    return part
-
-  def _read(
-    self, leaf: Leaf, name: str, index: tuple[slice, ...], dtype: Any
-  ) -> np.ndarray:
-    tensor = self._slice(name)[index[::-1] if leaf.is_transposed else index]
-    tensor = tensor.T if leaf.is_transposed else tensor
-    return np.asarray(tensor, dtype)
+def _error(
+  source: tensor_files.Folder, what: str, names: list[str]
+) -> errors.UserError:
+  more = len(names) - _N_NAMED
+  listed = ", ".join(names[:_N_NAMED])
+  rest = f" and {more} more" if more > 0 else ""
+  return errors.UserError(f"{source.path} {what} {listed}{rest}")
 
 
 def export(

@@ -1,9 +1,9 @@
 """Weights of small models of every family: what they compute, in and out."""
 
 import json
-import math
 import pathlib
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -78,33 +78,6 @@ def test_the_engine_draws_the_reference_s_greedy_tokens(name):
   assert len({tuple(ids) for ids in want}) == 3
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_layers_may_be_placed_one_by_one(monkeypatch, shape):
-  """As those of a large model are: the same numbers in the same places."""
-  _, plain = load(MODELS / "qwen3", *shape)
-  for layers in (1, 2):
-    policy = model.Policy(families.read(MODELS / "qwen3"))
-    up = policy.abstract_params["layers"]["up_proj"]["kernel"]
-    monkeypatch.setattr(
-      weights, "_PLACED_BYTES", layers * (4 * math.prod(up.shape) // 3)
-    )
-    _, params = load(MODELS / "qwen3", *shape)
-    jax.tree.map(np.testing.assert_array_equal, params, plain)
-    same = lambda a, b: a.sharding == b.sharding
-    assert all(jax.tree.leaves(jax.tree.map(same, params, plain)))
-
-
-def test_matrices_may_be_kept_in_sixteen_bits():
-  policy, plain = load(MODELS / "qwen2")
-  folder = MODELS / "qwen2"
-  params = weights.load(folder, policy, mesh(), dtype="bfloat16")
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    is_vector = path[-1].key in ("scale", "bias")
-    assert x.dtype == (jnp.float32 if is_vector else jnp.bfloat16)
-  rounded = jax.tree.map(lambda x, y: y.astype(x.dtype), params, plain)
-  jax.tree.map(np.testing.assert_array_equal, params, rounded)
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_mesh_holds_the_same_numbers(name):
   _, plain = load(MODELS / name)
@@ -114,6 +87,53 @@ def test_a_mesh_holds_the_same_numbers(name):
   want = sharding.param_shardings(mesh(2, 2, 2), policy.abstract_params)
   assert kernel.sharding == want["layers"]["gate_proj"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_no_device_waits_for_another():
+  """Each converts and puts into place what it was given."""
+  policy = model.Policy(families.read(MODELS / "qwen3"))
+  kernel = policy.abstract_params["layers"]["o_proj"]["kernel"]
+  path = "layers/o_proj/kernel"
+  where = sharding.param_sharding(mesh(2, 2, 2), path, kernel.shape)
+  spec = jax.sharding.PartitionSpec(*where.spec[1:])
+  of_layer = jax.sharding.NamedSharding(mesh(2, 2, 2), spec)
+  stack = jax.ShapeDtypeStruct(kernel.shape, jnp.float32, sharding=where)
+  layer = jax.ShapeDtypeStruct(
+    kernel.shape[1:], jnp.bfloat16, sharding=of_layer
+  )
+  program = weights._put_layer(where).lower(stack, layer, 1).compile().as_text()
+  assert "dynamic-update-slice" in program
+  for word in ("all-gather", "all-reduce", "all-to-all", "collective"):
+    assert word not in program
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_one_tensor_is_held_at_a_time(monkeypatch, shape):
+  held, most = [], []
+  plain = np.memmap
+
+  def mapped(*args, **kwargs):
+    most.append(sum(ref() is not None for ref in held))
+    found = plain(*args, **kwargs)
+    held.append(weakref.ref(found))
+    return found
+
+  monkeypatch.setattr(np, "memmap", mapped)
+  policy, _ = load(MODELS / "qwen3", *shape)
+  assert len(held) == 2 + 11 * policy.config.n_layers
+  assert set(most) == {0}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_matrices_may_be_kept_in_sixteen_bits(dtype, shape):
+  policy, plain = load(MODELS / "qwen2", *shape)
+  params = weights.load(MODELS / "qwen2", policy, mesh(*shape), dtype=dtype)
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    is_vector = path[-1].key in ("scale", "bias")
+    assert x.dtype == (jnp.float32 if is_vector else jnp.dtype(dtype))
+  rounded = jax.tree.map(lambda x, y: y.astype(x.dtype), params, plain)
+  jax.tree.map(np.testing.assert_array_equal, params, rounded)
 
 
 def tensors_of(folder):
@@ -236,6 +256,140 @@ def test_files_that_are_missing(folder):
   for text in ("{", "[]", "{}", '{"weight_map": 3}'):
     index.write_text(text)
     assert_refused(folder, "is no index of safetensors")
+
+
+def split(folder):
+  """The model in two files with an index, whose text is returned."""
+  path = folder / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  names = sorted(tensors)
+  weight_map = {}
+  for file, part in (("a", names[:9]), ("b", names[9:])):
+    file = f"{file}.safetensors"
+    some = {name: tensors[name] for name in part}
+    safetensors.numpy.save_file(some, folder / file)
+    weight_map |= dict.fromkeys(part, file)
+  path.unlink()
+  return {"metadata": {"total_size": 1}, "weight_map": weight_map}
+
+
+def test_an_index_is_believed_where_it_matters(folder):
+  """Not in its total size: the headers say what there is, to the byte."""
+  _, plain = load(folder)
+  index, path = split(folder), folder / weights.INDEX_FILE
+  path.write_text(json.dumps(index))
+  _, params = load(folder)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  moved = {**index["weight_map"], "model.norm.weight": "a.safetensors"}
+  path.write_text(json.dumps({"weight_map": moved}))
+  assert_refused(folder, "says that model.norm.weight is in a.safetensors, wh")
+  for file in ("../a.safetensors", "/a.safetensors", "", ".", "..", 7, None):
+    path.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    assert_refused(folder, "is no index of safetensors")
+
+
+def test_a_tensor_in_two_files(folder):
+  index, path = split(folder), folder / weights.INDEX_FILE
+  path.write_text(json.dumps(index))
+  tensors = safetensors.numpy.load_file(folder / "b.safetensors")
+  tensors |= safetensors.numpy.load_file(folder / "a.safetensors")
+  safetensors.numpy.save_file(tensors, folder / "b.safetensors")
+  assert_refused(folder, "is in both a.safetensors and b.safetensors")
+
+
+@pytest.mark.parametrize(
+  ("dtype", "kind"),
+  [(np.int8, "I8"), (np.float64, "F64"), (jnp.float8_e4m3fn, "F8_E4M3")],
+)
+def test_types_that_are_no_weights(folder, dtype, kind):
+  name = "model.layers.1.mlp.up_proj.weight"
+  change = lambda tensors: tensors.update({name: tensors[name].astype(dtype)})
+  rewrite(folder, change)
+  assert_refused(folder, f"{name} is of type {kind}; weights must be F32, F16")
+
+
+def test_numbers_that_are_not_aligned(folder):
+  """As behind a tensor of an odd number of bytes."""
+  _, plain = load(folder)
+  header, numbers = take_apart(folder)
+  put_together(folder, header, numbers, n_spaces=1)
+  _, params = load(folder)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+
+
+def take_apart(folder):
+  data = (folder / "model.safetensors").read_bytes()
+  n = int.from_bytes(data[:8], "little")
+  return json.loads(data[8 : 8 + n]), data[8 + n :]
+
+
+def put_together(folder, header, numbers, n_spaces=0):
+  text = header if isinstance(header, str) else json.dumps(header)
+  text = text.encode()
+  text += b" " * (-len(text) % 8 + n_spaces)
+  path = folder / "model.safetensors"
+  path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+  ("change", "why"),
+  [
+    ({"dtype": "F31"}, f"{NORM} is of an unknown type"),
+    ({"dtype": ["F32"]}, "its header cannot be read"),
+    ({"shape": [31]}, f"{NORM} does not fit its place"),
+    ({"shape": [-32]}, f"{NORM} has no place"),
+    ({"shape": [32.0]}, f"{NORM} has no place"),
+    ({"shape": 32}, "its header cannot be read"),
+    ({"data_offsets": [0, 128]}, "overlap or leave gaps"),
+    ({"data_offsets": [10**9, 10**9 + 128]}, "overlap or leave gaps"),
+    ({"data_offsets": [128]}, "its header cannot be read|not enough values"),
+    ({"data_offsets": [128, 0]}, f"{NORM} does not fit its place"),
+  ],
+)
+def test_headers_that_lie(folder, change, why):
+  header, numbers = take_apart(folder)
+  header[NORM] |= change
+  put_together(folder, header, numbers)
+  assert_refused(folder, f"no whole safetensors file .*{why}.*; fetch it again")
+
+
+@pytest.mark.parametrize(
+  ("header", "why"),
+  [
+    ("[]", "its header cannot be read"),
+    ("{", "its header cannot be read"),
+    ("[" * 10_000, "its header cannot be read"),
+    ('{"a": 3}', "its header cannot be read"),
+    ('{"a": {}, "a": {}}', "names a tensor twice"),
+  ],
+)
+def test_headers_that_are_none(folder, header, why):
+  put_together(folder, header, b"")
+  assert_refused(folder, f"no whole safetensors file .*{why}.*; fetch it again")
+
+
+def test_bytes_beyond_the_end(folder):
+  path = folder / "model.safetensors"
+  path.write_bytes(path.read_bytes() + b"\0" * 8)
+  assert_refused(folder, "it has .* bytes and should have")
+
+
+def test_files_that_cannot_be_read(folder):
+  path = folder / "model.safetensors"
+  path.unlink()
+  path.mkdir()
+  assert_refused(folder, "model.safetensors cannot be read: Is a directory")
+  index = folder / weights.INDEX_FILE
+  index.symlink_to(index)
+  assert_refused(folder, "index.json cannot be read: Too many levels of symb")
+  index.unlink()
+  loop = folder / "a.safetensors"
+  loop.symlink_to(loop)
+  index.write_text(json.dumps({"weight_map": {NORM: loop.name}}))
+  assert_refused(folder, "a.safetensors cannot be read: Too many levels")
 
 
 def test_exports_do_not_overwrite(folder):
