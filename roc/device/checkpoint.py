@@ -18,22 +18,17 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import os
-import pathlib
 import re
 import shutil
-from collections.abc import Generator
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
-from roc import errors
+from roc import errors, places
 from roc.device import manifest as manifest_lib
+from roc.device import saved_arrays
 
 _EXTRA = "extra.json"
 _ARRAYS = "arrays"
@@ -70,9 +65,9 @@ class Checkpoints:
     """
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self.directory = as_path(directory)
-    is_local = isinstance(self.directory, pathlib.Path)
-    self._is_remote = not is_local if is_remote is None else is_remote
+    self.directory = places.as_path(directory)
+    by_name = places.is_remote(self.directory)
+    self._is_remote = by_name if is_remote is None else is_remote
     self.keep = keep
     self.notes: list[str] = []  # of the latest `restore`
 
@@ -87,13 +82,11 @@ class Checkpoints:
     """Returns the newest of `steps`, its contents not verified, or None."""
     return max(self.steps(), default=None)
 
-  def path(self, step: int) -> manifest_lib.Path:
+  def path(self, step: int) -> places.Path:
     """Returns where the checkpoint of `step` lies, or would."""
     return self.directory / f"step_{step:08d}"
 
-  def save(
-    self, step: int, state: Any, extra: dict[str, Any]
-  ) -> manifest_lib.Path:
+  def save(self, step: int, state: Any, extra: dict[str, Any]) -> places.Path:
     """Writes a checkpoint and returns when it is whole on disk.
 
     Every process of a multi-host run calls this with the same step.
@@ -110,7 +103,7 @@ class Checkpoints:
     Raises:
       errors.UserError: it cannot be written; older checkpoints are untouched.
     """
-    leaves = _named_leaves(state)
+    leaves = saved_arrays.named(state)
     text = json.dumps(extra)
     target = self.path(step)
     partial = target
@@ -122,10 +115,10 @@ class Checkpoints:
         manifest_lib.remove(partial)
         partial.mkdir(parents=True, exist_ok=True)
       _barrier("checkpoint_begin")
-      _write_arrays(partial / _ARRAYS, leaves)
+      saved_arrays.write(partial / _ARRAYS, leaves)
       if _is_first_process():
         (partial / _EXTRA).write_text(text)
-        body = {"format": _FORMAT, "leaves": _described(leaves)}
+        body = {"format": _FORMAT, "leaves": saved_arrays.described(leaves)}
         manifest_lib.write(partial, body, is_remote=self._is_remote)
         if not self._is_remote:
           self._make_room(target)
@@ -184,7 +177,9 @@ class Checkpoints:
           f"checkpoint {path} has format {manifest['format']} and this program"
           f" reads format {_FORMAT}; use the version of roc that wrote it"
         )
-      state = _read_arrays(path, manifest["leaves"], abstract_state, is_partial)
+      state = saved_arrays.read(
+        path / _ARRAYS, manifest["leaves"], abstract_state, is_partial
+      )
       return Restored(candidate, state, extra, list(notes))
     if steps:
       raise errors.UserError(
@@ -193,7 +188,7 @@ class Checkpoints:
       )
     return None
 
-  def _make_room(self, target: manifest_lib.Path) -> None:
+  def _make_room(self, target: places.Path) -> None:
     """Clears the name of `target`; what is broken there is kept aside."""
     if not target.exists():
       return
@@ -230,156 +225,6 @@ class Checkpoints:
       f"cannot write the checkpoint of step {step} under {self.directory}:"
       f" {_disk_error(e) or e}; {left}; mend that and run the same command"
       " again"
-    )
-
-
-def as_path(name: str | os.PathLike[str]) -> manifest_lib.Path:
-  """An absolute path, or one of an object store such as `gs://bucket/run`."""
-  if "://" in os.fspath(name):
-    return epath.Path(name)
-  return pathlib.Path(name).absolute()
-
-
-# ------------------------------------------------------------------ contents
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  """Returns `{"params.layers.q_proj": array}`, free of container types."""
-  leaves = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
-    if name in leaves:
-      raise ValueError(f"two leaves of the state are named {name}")
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-      raise TypeError(
-        f"leaf {name} of the state is a {type(leaf).__name__}, not an array;"
-        " make it one or put it into `extra`"
-      )
-    leaves[name] = leaf
-  return leaves
-
-
-def _is_key(leaf: Any) -> bool:
-  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _describe(leaf: Any) -> str:
-  return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _described(leaves: dict[str, Any]) -> dict[str, Any]:
-  """Returns what the manifest says of each array."""
-  described = {}
-  for name, leaf in leaves.items():
-    stored = jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    described[name] = {
-      "is": _describe(leaf),
-      "shape": list(stored.shape),
-      "dtype": str(stored.dtype),
-    }
-    if _is_key(leaf):
-      described[name]["key"] = str(jax.random.key_impl(leaf))
-  return described
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-  return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
-
-
-def _write_arrays(path: manifest_lib.Path, leaves: dict[str, Any]) -> None:
-  # Orbax refuses arrays without elements; their shape is in the manifest.
-  arrays = {
-    name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
-    for name, leaf in leaves.items()
-    if leaf.size
-  }
-  if arrays:
-    with _quiet(), ocp.Checkpointer(_handler()) as checkpointer:
-      checkpointer.save(path, args=ocp.args.PyTreeSave(arrays))
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None, None, None]:
-  """No logged tracebacks of threads that write: `save` raises it itself."""
-  before = logging.root.manager.disable
-  logging.disable(logging.ERROR)
-  try:
-    yield
-  finally:
-    logging.disable(before)
-
-
-def _read_arrays(
-  path: manifest_lib.Path,
-  saved: dict[str, Any],
-  abstract: Any,
-  is_partial: bool,
-) -> Any:
-  wanted = _named_leaves(abstract)
-  _require_same(path, saved, wanted, is_partial)
-  restore_args = {}
-  for name, leaf in wanted.items():
-    if not leaf.size:
-      continue
-    if isinstance(leaf, np.ndarray | np.generic):
-      restore_args[name] = ocp.RestoreArgs(restore_type=np.ndarray)
-      continue
-    shape, dtype = saved[name]["shape"], saved[name]["dtype"]
-    restore_args[name] = ocp.ArrayRestoreArgs(
-      sharding=_sharding(leaf), global_shape=tuple(shape), dtype=np.dtype(dtype)
-    )
-  arrays = {}
-  if restore_args:
-    args = ocp.args.PyTreeRestore(
-      item=dict.fromkeys(restore_args, 0),
-      restore_args=restore_args,
-      partial_restore=True,
-    )
-    with ocp.Checkpointer(_handler()) as checkpointer:
-      arrays = checkpointer.restore(path / _ARRAYS, args=args)
-
-  def rebuilt(name, leaf):
-    if not leaf.size:
-      # Nothing was saved because there is nothing in it.
-      is_numpy = isinstance(leaf, np.ndarray)
-      empty = np.zeros(leaf.shape, leaf.dtype)
-      return empty if is_numpy else jax.device_put(empty, _sharding(leaf))
-    if _is_key(leaf):
-      return jax.random.wrap_key_data(arrays[name], impl=saved[name]["key"])
-    return arrays[name]
-
-  leaves = [rebuilt(name, leaf) for name, leaf in wanted.items()]
-  return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-  sharding = getattr(leaf, "sharding", None)
-  return sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def _require_same(
-  path: manifest_lib.Path,
-  saved: dict[str, Any],
-  wanted: dict[str, Any],
-  is_partial: bool,
-) -> None:
-  found = [
-    f"{name} is {saved[name]['is'] if name in saved else 'not in it'} and"
-    f" should be {_describe(leaf)}"
-    for name, leaf in wanted.items()
-    if name not in saved or saved[name]["is"] != _describe(leaf)
-  ]
-  if not is_partial:
-    found += [
-      f"{name} is {saved[name]['is']} and should not be there"
-      for name in saved
-      if name not in wanted
-    ]
-  if found:
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise errors.UserError(
-      f"checkpoint {path} belongs to another configuration: {found[0]}{more};"
-      " use the configuration that it was made with, or another --workdir"
     )
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
+from roc import places
 
 NAME = "manifest.json"
 
@@ -23,11 +23,9 @@ class Broken(Exception):
   """The directory does not hold what its manifest says; the text says how."""
 
 
-# A local path, or one of etils' for what is not local.
-Path = pathlib.Path | epath.Path
-
-
-def write(directory: Path, body: dict[str, Any], *, is_remote: bool) -> None:
+def write(
+  directory: places.Path, body: dict[str, Any], *, is_remote: bool
+) -> None:
   """Records every file under `directory` and forces all of it to the disk.
 
   Args:
@@ -54,7 +52,7 @@ def write(directory: Path, body: dict[str, Any], *, is_remote: bool) -> None:
       sync(path)
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(directory: places.Path) -> dict[str, Any]:
   """Returns the manifest's body if every file is as it was written.
 
   Raises:
@@ -82,12 +80,12 @@ def verify(directory: Path) -> dict[str, Any]:
   return body
 
 
-def fingerprint(directory: Path) -> str:
+def fingerprint(directory: places.Path) -> str:
   """Returns 8 hex digits that tell contents apart; verifies nothing."""
   return f"{zlib.crc32((directory / NAME).read_bytes()):08x}"
 
 
-def remove(directory: Path) -> None:
+def remove(directory: places.Path) -> None:
   """Deletes `directory`, manifest first: half a deletion never looks whole."""
   (directory / NAME).unlink(missing_ok=True)
   if isinstance(directory, pathlib.Path):
@@ -96,7 +94,7 @@ def remove(directory: Path) -> None:
     directory.rmtree()
 
 
-def sync(directory: Path) -> None:
+def sync(directory: places.Path) -> None:
   """Forces the names in `directory` to the disk."""
   fd = os.open(directory, os.O_RDONLY)
   try:
@@ -109,7 +107,9 @@ def _crc_of(body: Any) -> int:
   return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _files(directory: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+def _files(
+  directory: places.Path, prefix: str = ""
+) -> Iterator[tuple[str, places.Path]]:
   """Files below a directory, by their names relative to it."""
   for path in directory.iterdir():
     if path.is_dir():
@@ -118,12 +118,12 @@ def _files(directory: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
       yield prefix + path.name, path
 
 
-def _size(path: Path) -> int:
+def _size(path: places.Path) -> int:
   stat = path.stat()
   return stat.st_size if isinstance(stat, os.stat_result) else stat.length
 
 
-def _checksum(path: Path, *, sync_too: bool = False) -> list[int]:
+def _checksum(path: places.Path, *, sync_too: bool = False) -> list[int]:
   """Returns [size, CRC-32]."""
   size = crc = 0
   with path.open("rb") as f:
