@@ -281,7 +281,7 @@ def test_full_disk_reported_by_the_array_writer(tmp_path, monkeypatch):
   def full(*_, **__):
     raise ValueError("RESOURCE_EXHAUSTED: x [No space left on device]")
 
-  monkeypatch.setattr(checkpoint, "_write_arrays", full)
+  monkeypatch.setattr(saved_arrays, "write", full)
   with pytest.raises(errors.UserError, match="cannot write the checkpoint"):
     checkpoints.save(10, make_state(10), {})
 
