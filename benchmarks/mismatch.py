@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import common
 from roc.core import corrections, metrics
 from roc.device import engine as engine_lib
-from roc.device import model, sampling
+from roc.device import families, model, sampling
 from roc.device import step as step_lib
 
 DTYPES = ("float32", "bfloat16")
@@ -38,7 +38,10 @@ SHAPES = {
     d_ff=1536,
     rope_theta=1e6,
   ),
+  # For an accelerator.
+  "qwen3-0.6b": families.PUBLISHED["Qwen/Qwen3-0.6B"],
 }
+ON_A_CPU = ("quickstart", "4x256", "12x512")
 N_ROWS, N_PROMPT, N_DRAWN = 32, 40, 88
 LOGIT_DEVIATION = 3.0  # nats
 
@@ -119,7 +122,7 @@ def rows(names: list[str], dtypes: list[str]) -> Iterator[common.Row]:
 def main() -> None:
   """Parses flags, measures, prints."""
   parser = common.parser(__doc__.splitlines()[0])
-  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
+  parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=ON_A_CPU)
   parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
   args = parser.parse_args()
   common.emit(rows(args.shapes, args.dtypes), args.json)

@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.experimental import topologies
 
+from benchmarks import memory as memory_lib
 from roc.device import decoding, model, sampling, sharding
 from roc.device import learner as learner_lib
 from roc.device import step as step_lib
@@ -184,6 +185,18 @@ def test_the_update_compiles(devices):
   )
   print(report(memory))
   assert KERNEL in compiled.as_text()
+
+
+def test_adapters_of_1_7b_fit_16_gb(monkeypatch):
+  """State, base, cache and the update together, on one chip of v5e."""
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  found = list(memory_lib.measure(memory_lib.parse(["--machine=v5e"])))
+  print(*(f"{row.case} {row.ours:.2f} {row.unit}" for row in found), sep="\n")
+  held = sum(row.ours for row in found if row.peer is None)
+  most = next(row for row in found if row.peer is not None)
+  # All the parts are there: the base alone is 3.4 GB, the cache 3.8.
+  assert 7.5 < most.ours < 13.0 <= most.peer
+  assert most.ours < held + 0.1
 
 
 def report(memory):
