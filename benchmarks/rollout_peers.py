@@ -27,7 +27,7 @@ from benchmarks import rollout_work
 # -------------------------------------------------------------------- the peers
 
 
-class _Words:
+class Words:
   """A tokenizer whose texts are ids with spaces between; 0 pads, no BOS."""
 
   def encode(self, text: str, **_: Any) -> list[int]:
@@ -88,7 +88,7 @@ class Tunix:
         head_dim=self._shape.head_dim,
       )
       self._rollouts[cache] = self._vanilla.VanillaRollout(
-        self._model, _Words(), size
+        self._model, Words(), size
       )
     self._n_calls += 1
     config = self._base.RolloutConfig(

@@ -42,7 +42,7 @@ def shrink(c) -> None:
   # have an advantage, and the update nothing to do.
   c.filter.drop_equal_reward = False
   c.filter.overlong = "soft"
-  c.filter.overlong_buffer = 64
+  c.filter.overlong_buffer = 128
   c.train.steps = 2
   c.train.prompts = 2
   c.train.microbatch_rows = 0

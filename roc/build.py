@@ -15,6 +15,7 @@ import rich.console
 from roc import config as config_lib
 from roc import config_checks, errors, pretrained, rollout, runlog, wiring
 from roc.device import (
+  checkpoint,
   engine,
   engines,
   model,
@@ -227,6 +228,14 @@ def claim(
     gin_text=host.gin_text,
     identity=config_lib.identity(cfg, program) | dict(data),
   )
+
+
+def checkpoints(
+  cfg: config_lib.Config, workdir: pathlib.Path
+) -> checkpoint.Checkpoints:
+  """The checkpoints of a run, in its workdir or where `config` says."""
+  directory = cfg.checkpoint.directory or workdir / "checkpoints"
+  return checkpoint.Checkpoints(directory, keep=cfg.checkpoint.keep)
 
 
 def check_prompts(

@@ -104,6 +104,8 @@ class CheckpointConfig:
 
   every: int = 5  # steps between checkpoints; 20 times as many in sft
   keep: int = 2  # newest checkpoints that are kept
+  # Where they lie, such as gs://bucket/run; empty: in the workdir.
+  directory: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,16 +8,19 @@ processor: no accelerator has to be free.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Sequence
 
 import jax
+from etils import epath
 
 from roc import build, cli, errors, parameters, pretrained, wiring
 from roc import config as config_lib
-from roc.device import families, model, sharding, weights
+from roc.device import checkpoint, families, model, sharding, weights
 from roc.host import pretrained as tokenizers_lib
 
 
@@ -30,16 +33,25 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
-  workdir, output = pathlib.Path(values.workdir), pathlib.Path(values.output)
-  if output.exists():
+  workdir, output = pathlib.Path(values.workdir), values.output
+  place = checkpoint.as_path(output)
+  if place.exists():
     raise errors.UserError(f"{output} exists; name a new folder")
   cfg = pretrained.settle(read_config(workdir))
-  name = export(cfg, workdir, output, step=values.step, dtype=values.dtype)
+  with contextlib.ExitStack() as stack:
+    folder = pathlib.Path(output)
+    if not isinstance(place, pathlib.Path):
+      scratch = tempfile.TemporaryDirectory(prefix="roc_export_")
+      folder = pathlib.Path(stack.enter_context(scratch)) / "model"
+    name = export(cfg, workdir, folder, step=values.step, dtype=values.dtype)
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    if not isinstance(place, pathlib.Path):
+      upload(folder, place)
   found = {
-    "output": str(output),
+    "output": output,
     "checkpoint": name,
     "dtype": values.dtype,
-    "bytes": sum(path.stat().st_size for path in output.iterdir()),
+    "bytes": n_bytes,
   }
   if values.json:
     print(json.dumps(found))
@@ -47,6 +59,21 @@ def main(argv: Sequence[str]) -> int:
     size = found["bytes"] / 2**20
     print(f"{output}: {name}, {values.dtype}, {size:.1f} MiB")
   return 0
+
+
+def upload(folder: pathlib.Path, place: epath.Path) -> None:
+  """Copies a folder to an object store; config.json, which makes it one, last.
+
+  Raises:
+    errors.UserError: it cannot be written there.
+  """
+  is_last = lambda path: path.name == families.CONFIG_FILE
+  try:
+    place.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir(), key=is_last):
+      epath.Path(path).copy(place / path.name)
+  except Exception as e:  # of whatever library reaches the store
+    raise errors.UserError(f"{place} cannot be written: {e}") from e
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -62,7 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     "--workdir", required=True, metavar="DIR", help="of a run of train or sft"
   )
   parser.add_argument(
-    "--output", required=True, metavar="DIR", help="a folder that is not there"
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="a folder that is not there; also gs://BUCKET/PATH",
   )
   parser.add_argument(
     "--step",

@@ -69,7 +69,7 @@ def first_params(
     return fresh(jax.random.key(cfg.seed))
   source = cfg.init_from or pretrained.folder(cfg, weights=True)
   if cfg.init_from and not pretrained.is_model(source):
-    loaded = _load_run(pathlib.Path(source), policy, mesh)
+    loaded = _load_run(source, policy, mesh)
     build.say(loaded.where)
     return loaded.params
   build.say(f"parameters from {source}")
@@ -107,13 +107,13 @@ def load_policy(
   """
   abstract = {"params": _abstract(policy.abstract_params, mesh)}
   if not policy.lora.rank:
-    return _restore(pathlib.Path(source), abstract, step)
+    return _restore(source, abstract, step)
   adapters = jax.eval_shape(policy.init_adapters, jax.random.key(0))
   abstract = {
     "params": _abstract(adapters, mesh),
     "base": jax.ShapeDtypeStruct((2,), jnp.uint32),
   }
-  loaded = _restore(pathlib.Path(source), abstract, step)
+  loaded = _restore(source, abstract, step)
   params, _ = lora.split(first_params(cfg, policy, mesh))
   base, seal_2 = jax.jit(lambda x: lora.sealed(x, policy.lora))(params)
   found = loaded.params
@@ -123,7 +123,7 @@ def load_policy(
 
 
 def _load_run(
-  source: pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+  source: str | pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
 ) -> Loaded:
   """Parameters of another run, whatever it trained."""
   theirs = _config_of(source)
@@ -137,8 +137,11 @@ def _load_run(
   return dataclasses.replace(loaded, params=adapted.merged(loaded.params))
 
 
-def _config_of(source: pathlib.Path) -> config_lib.Config | None:
+def _config_of(source: str | pathlib.Path) -> config_lib.Config | None:
   """The configuration of a run, where its checkpoint lies beside it."""
+  if "://" in str(source):
+    return None
+  source = pathlib.Path(source)
   for path in (source / "config.json", source.parent / "config.json"):
     if path.is_file():
       return pretrained.settle(
@@ -148,11 +151,10 @@ def _config_of(source: pathlib.Path) -> config_lib.Config | None:
 
 
 def _restore(
-  source: pathlib.Path, abstract: dict[str, Any], step: int | None
+  source: str | pathlib.Path, abstract: dict[str, Any], step: int | None
 ) -> Loaded:
   """Parts of a state; `params` alone if nothing else was asked for."""
-  inner = source / "checkpoints"
-  checkpoints = checkpoint.Checkpoints(inner if inner.is_dir() else source)
+  checkpoints = checkpoint.Checkpoints(_directory(source))
   restored = checkpoints.restore(abstract, step, is_partial=True)
   if restored is None:
     raise errors.UserError(
@@ -168,6 +170,21 @@ def _restore(
     name=f"step {restored.step}, {manifest.fingerprint(found)}",
     where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
   )
+
+
+def _directory(source: str | pathlib.Path) -> str | pathlib.Path:
+  """Where the checkpoints of a workdir lie, or `source` if it is none."""
+  if "://" in str(source):
+    return source
+  source = pathlib.Path(source)
+  theirs = source / "config.json"
+  if theirs.is_file():
+    text = theirs.read_text()
+    named = config_lib.from_json(text, str(theirs)).checkpoint.directory
+    if named:
+      return named
+  inner = source / "checkpoints"
+  return inner if inner.is_dir() else source
 
 
 def _abstract(params: Any, mesh: jax.sharding.Mesh) -> Any:

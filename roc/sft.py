@@ -14,8 +14,8 @@ from roc import build, lessons, parameters, pretrained, runlog
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
-from roc.device import checkpoint, optim
 from roc.device import learner as learner_lib
+from roc.device import optim
 from roc.device import step as step_lib
 from roc.host import pack
 
@@ -39,9 +39,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     n_microbatches=cfg.sft.rows // (cfg.sft.microbatch_rows or cfg.sft.rows),
   )
   claim = build.claim(cfg, host, workdir, "sft", lessons.identity(cfg))
-  checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", keep=cfg.checkpoint.keep
-  )
+  checkpoints = build.checkpoints(cfg, workdir)
   with claim:
     # ---------------------------------------------------------- restore
     restored = checkpoints.restore(learner.abstract_state)

@@ -308,9 +308,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   claim = build.claim(
     cfg, host, workdir, "train", data={} if saved is None else saved.identity
   )
-  checkpoints = checkpoint.Checkpoints(
-    workdir / "checkpoints", keep=cfg.checkpoint.keep
-  )
+  checkpoints = build.checkpoints(cfg, workdir)
   with claim, build.started_sandbox(host) as sandbox:
     claim.note(sandbox=sandbox.info())
     build.check_answers(host, sandbox)

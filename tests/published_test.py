@@ -6,7 +6,6 @@ runs as it stands in experiments/.
 """
 
 import json
-import pathlib
 
 import pytest
 
@@ -15,8 +14,24 @@ from experiments.rstar2 import sft as sft_stage
 from experiments.rstar2 import stage1, stage2, stage3
 from roc import collect, config, evaluate, export, pretrained, sft, train
 
-ROOT = pathlib.Path(__file__).parents[1]
-CALLS = ROOT / "experiments" / "data" / "gsm8k" / "calls.jsonl"
+# Learnt by heart: a call of the tool, and an answer that is wrong mostly.
+CONVERSATION = {
+  "messages": [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {
+      "role": "assistant",
+      "content": "",
+      "tool_calls": [
+        {
+          "type": "function",
+          "function": {"name": "python", "arguments": {"code": "print(1)"}},
+        }
+      ],
+    },
+    {"role": "tool", "content": "1"},
+    {"role": "assistant", "content": r"<answer>\boxed{1}</answer>"},
+  ]
+}
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +40,7 @@ def tiny(module, **changes):
   c = module.get_config("tiny")
   c.log.progress = False
   c.log.tensorboard = False
+  c.sampling.temperature = 0.5  # closer to what was learnt by heart
   for name, value in changes.items():
     section, _, key = name.rpartition("__")
     setattr(getattr(c, section) if section else c, key, value)
@@ -52,14 +68,13 @@ def assert_trained(workdir):
 def learnt(tmp_path_factory):
   """A supervised policy that calls the tool."""
   path = tmp_path_factory.mktemp("learnt")
-  lines = CALLS.read_text().splitlines()
-  (path / "few.jsonl").write_text("\n".join(sorted(lines, key=len)[:2]))
+  (path / "one.jsonl").write_text(json.dumps(CONVERSATION))
   cfg = tiny(
     sft_stage,
-    sft__data=(str(path / "few.jsonl"),),
-    sft__steps=60,
+    sft__data=(str(path / "one.jsonl"),),
+    sft__steps=70,
     sft__rows=1,
-    sft__length=768,
+    sft__length=384,
     sft__lr=1e-2,
   )
   sft.run(cfg, path / "sft")
