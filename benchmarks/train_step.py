@@ -122,53 +122,10 @@ def tunix(vocab: int, rows: int) -> Step:
   jax = importlib.import_module("jax")
   jnp = importlib.import_module("jax.numpy")
   nnx = importlib.import_module("flax.nnx")
-  optax = importlib.import_module("optax")
-  qwen3 = importlib.import_module("tunix.models.qwen3.model")
-  cluster = importlib.import_module("tunix.rl.rl_cluster")
   grpo = importlib.import_module("tunix.rl.grpo.grpo_learner")
-  base = importlib.import_module("tunix.rl.rollout.base_rollout")
-  rollout = importlib.import_module("benchmarks.rollout_peers")
-  shape = qwen3.ModelConfig(
-    num_layers=LAYERS,
-    vocab_size=vocab,
-    embed_dim=D,
-    hidden_dim=F,
-    num_heads=HEADS,
-    head_dim=HEAD_DIM,
-    num_kv_heads=KV_HEADS,
-    rope_theta=1_000_000,
-    norm_eps=1e-6,
-    use_tied_embedding=True,
-    dtype=jnp.float32,
-    param_dtype=jnp.float32,
-  )
-  actor = qwen3.Qwen3(shape, rngs=nnx.Rngs(0))
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()).reshape(-1, 1), ("fsdp", "tp")
-  )
-  roles = (cluster.Role.ACTOR, cluster.Role.REFERENCE, cluster.Role.ROLLOUT)
-  settings = cluster.ClusterConfig(
-    role_to_mesh=dict.fromkeys(roles, mesh),
-    rollout_engine="vanilla",
-    offload_to_cpu=False,
-    training_config=cluster.RLTrainingConfig(
-      actor_optimizer=optax.adamw(LR),
-      eval_every_n_steps=10**9,
-      max_steps=10**6,
-    ),
-    rollout_config=base.RolloutConfig(
-      max_tokens_to_generate=NEW,
-      max_prompt_length=PROMPT,
-      kv_cache_size=PROMPT + NEW,
-      eos_tokens=[vocab + 7],
-    ),
-  )
-  made = cluster.RLCluster(
-    actor=actor,
-    reference=None,
-    tokenizer=rollout.Words(),
-    cluster_config=settings,
-  )
+  devices = np.array(jax.devices()).reshape(-1, 1)
+  mesh = jax.sharding.Mesh(devices, ("fsdp", "tp"))
+  made = _tunix_cluster(vocab, mesh)
   config = grpo.GRPOConfig(
     num_generations=4, num_iterations=1, beta=0.0, epsilon=EPS_LOW
   )
@@ -194,6 +151,54 @@ def tunix(vocab: int, rows: int) -> Step:
     return float(norm)
 
   return step
+
+
+def _tunix_cluster(vocab: int, mesh: Any) -> Any:
+  """Tunix's own holder of a model and its trainer."""
+  jnp = importlib.import_module("jax.numpy")
+  nnx = importlib.import_module("flax.nnx")
+  optax = importlib.import_module("optax")
+  qwen3 = importlib.import_module("tunix.models.qwen3.model")
+  cluster = importlib.import_module("tunix.rl.rl_cluster")
+  base = importlib.import_module("tunix.rl.rollout.base_rollout")
+  words = importlib.import_module("benchmarks.rollout_peers").Words()
+  shape = qwen3.ModelConfig(
+    num_layers=LAYERS,
+    vocab_size=vocab,
+    embed_dim=D,
+    hidden_dim=F,
+    num_heads=HEADS,
+    head_dim=HEAD_DIM,
+    num_kv_heads=KV_HEADS,
+    rope_theta=1_000_000,
+    norm_eps=1e-6,
+    use_tied_embedding=True,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+  )
+  roles = (cluster.Role.ACTOR, cluster.Role.REFERENCE, cluster.Role.ROLLOUT)
+  settings = cluster.ClusterConfig(
+    role_to_mesh=dict.fromkeys(roles, mesh),
+    rollout_engine="vanilla",
+    offload_to_cpu=False,
+    training_config=cluster.RLTrainingConfig(
+      actor_optimizer=optax.adamw(LR),
+      eval_every_n_steps=10**9,
+      max_steps=10**6,
+    ),
+    rollout_config=base.RolloutConfig(
+      max_tokens_to_generate=NEW,
+      max_prompt_length=PROMPT,
+      kv_cache_size=PROMPT + NEW,
+      eos_tokens=[vocab + 7],
+    ),
+  )
+  return cluster.RLCluster(
+    actor=qwen3.Qwen3(shape, rngs=nnx.Rngs(0)),
+    reference=None,
+    tokenizer=words,
+    cluster_config=settings,
+  )
 
 
 def torch(vocab: int, rows: int) -> Step:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from roc import build, cli, errors, parameters, pretrained, wiring
+from roc import build, cli, errors, parameters, places, pretrained, wiring
 from roc import config as config_lib
-from roc.device import checkpoint, families, model, sharding, weights
+from roc.device import families, model, sharding, weights
 from roc.host import pretrained as tokenizers_lib
 
 
@@ -34,18 +34,18 @@ def main(argv: Sequence[str]) -> int:
   values = make_parser().parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
   workdir, output = pathlib.Path(values.workdir), values.output
-  place = checkpoint.as_path(output)
+  place = places.as_path(output)
   if place.exists():
     raise errors.UserError(f"{output} exists; name a new folder")
   cfg = pretrained.settle(read_config(workdir))
   with contextlib.ExitStack() as stack:
     folder = pathlib.Path(output)
-    if not isinstance(place, pathlib.Path):
+    if places.is_remote(place):
       scratch = tempfile.TemporaryDirectory(prefix="roc_export_")
       folder = pathlib.Path(stack.enter_context(scratch)) / "model"
     name = export(cfg, workdir, folder, step=values.step, dtype=values.dtype)
     n_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    if not isinstance(place, pathlib.Path):
+    if places.is_remote(place):
       upload(folder, place)
   found = {
     "output": output,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
   return 0
 
 
-def upload(folder: pathlib.Path, place: epath.Path) -> None:
+def upload(folder: pathlib.Path, place: places.Path) -> None:
   """Copies a folder to an object store; config.json, which makes it one, last.
 
   Raises:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from roc import build, errors, pretrained
+from roc import build, errors, places, pretrained
 from roc import config as config_lib
 from roc.device import checkpoint, lora, manifest, model, sharding
 from roc.device import learner as learner_lib
@@ -139,7 +139,7 @@ def _load_run(
 
 def _config_of(source: str | pathlib.Path) -> config_lib.Config | None:
   """The configuration of a run, where its checkpoint lies beside it."""
-  if "://" in str(source):
+  if places.is_url(source):
     return None
   source = pathlib.Path(source)
   for path in (source / "config.json", source.parent / "config.json"):
@@ -174,7 +174,7 @@ def _restore(
 
 def _directory(source: str | pathlib.Path) -> str | pathlib.Path:
   """Where the checkpoints of a workdir lie, or `source` if it is none."""
-  if "://" in str(source):
+  if places.is_url(source):
     return source
   source = pathlib.Path(source)
   theirs = source / "config.json"
