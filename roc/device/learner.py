@@ -92,8 +92,9 @@ class Learner:
     """
     if not self._has_base:
       return self._init_opt(jax.device_put(params, self.shardings.params), None)
-    params, adapters = lora.split(params)
-    self._base, seal_2 = self._freeze(params)
+    base, adapters = lora.split(params)
+    self._base, seal_2 = self._freeze(base)
+    del params, base  # room for the next copy, if the caller has none
     if self._shares_base:
       self._base = self.policy.hold(self._base)
     if not adapters["layers"]:
