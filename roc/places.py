@@ -1,21 +1,37 @@
-"""Paths on this machine, and in object stores such as `gs://bucket/run`."""
+"""Paths on this machine, and in object stores such as `gs://bucket/run`.
 
+etils opens what is in a store, through fsspec and the package of that store
+(gcsfs, s3fs). Orbax and tensorstore read and write beside it, so that listings
+must not be remembered.
+"""
+
+import contextlib
 import os
 import pathlib
+from collections.abc import Generator
 
+import fsspec.config
+import fsspec.core
 from etils import epath
 
 from roc import errors
 
 # A local path, or one of etils' for what is not local.
 Path = pathlib.Path | epath.Path
-SCHEMES = ("gs://", "s3://")
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _LOCAL = "file://"
+# Mistakes of ours: these are shown as they are.
+_BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 
 
 def is_url(name: str | os.PathLike[str]) -> bool:
   """Whether a name is of an object store."""
-  return os.fspath(name).startswith(SCHEMES)
+  return _scheme(os.fspath(name)) in _PACKAGES
+
+
+def _scheme(name: str) -> str:
+  scheme, is_there, _ = name.partition("://")
+  return scheme if is_there else ""
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
@@ -24,18 +40,73 @@ def as_path(name: str | os.PathLike[str]) -> Path:
   Raises:
     errors.UserError: it is of another kind of store.
   """
-  text = os.fspath(name)
-  if is_url(text):
-    return epath.Path(text)
-  text = text.removeprefix(_LOCAL)
-  if "://" in text:
+  text = os.fspath(name).removeprefix(_LOCAL)
+  scheme = _scheme(text)
+  if not scheme:
+    return pathlib.Path(text).absolute()
+  if scheme not in _PACKAGES:
+    stores = ", ".join(f"{x}://" for x in _PACKAGES)
     raise errors.UserError(
       f"{text} is in no store that is known; give a local path or one of"
-      f" {', '.join(SCHEMES)}"
+      f" {stores}"
     )
-  return pathlib.Path(text).absolute()
+  settings = fsspec.config.conf.setdefault(scheme, {})
+  settings.setdefault("use_listings_cache", False)
+  return epath.Path(text)
 
 
 def is_remote(path: Path) -> bool:
   """Whether it is in an object store, where nothing can be renamed."""
   return not isinstance(path, pathlib.Path)
+
+
+@contextlib.contextmanager
+def reaching(path: Path, what: str) -> Generator[None, None, None]:
+  """What fails in an object store in this block becomes one sentence.
+
+  The libraries in between have dozens of kinds of errors. Those of a local path
+  pass, and so do mistakes of ours.
+
+  Args:
+    path: that is read or written.
+    what: "read" or "written".
+
+  Raises:
+    errors.UserError: the store cannot be reached, or refuses.
+  """
+  try:
+    yield
+  except (errors.UserError, *_BUGS):
+    raise
+  except Exception as e:
+    if not is_remote(path):
+      raise
+    first = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    package = _PACKAGES[_scheme(str(path))]
+    remedy = (
+      f"install the package {package}"
+      if isinstance(e, ImportError)
+      else "check the name, the credentials and the connection"
+    )
+    raise errors.UserError(
+      f"{path} cannot be {what} ({first}); {remedy}"
+    ) from e
+
+
+def sizes(directory: Path) -> dict[str, int]:
+  """Bytes of every file below a directory, by its name relative to it.
+
+  In an object store that is one request, however many files there are.
+  """
+  if isinstance(directory, pathlib.Path):
+    return {
+      path.relative_to(directory).as_posix(): path.stat().st_size
+      for path in directory.rglob("*")
+      if path.is_file()
+    }
+  system, root = fsspec.core.url_to_fs(str(directory))
+  system.invalidate_cache()
+  return {
+    name.removeprefix(root).lstrip("/"): found["size"]
+    for name, found in system.find(root, detail=True).items()
+  }

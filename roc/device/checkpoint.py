@@ -49,27 +49,17 @@ class Restored:
 class Checkpoints:
   """The checkpoints of one run, in one directory."""
 
-  def __init__(
-    self,
-    directory: str | os.PathLike[str],
-    *,
-    keep: int = 3,
-    is_remote: bool | None = None,
-  ):
-    """Finds nothing and makes nothing yet.
-
-    Args:
-      directory: made on the first save.
-      keep: how many to leave.
-      is_remote: whether it is in an object store; None: as its name says.
-    """
+  def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
+    """Args: directory, made on the first save; keep, how many to leave."""
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
     self.directory = places.as_path(directory)
-    by_name = places.is_remote(self.directory)
-    self._is_remote = by_name if is_remote is None else is_remote
     self.keep = keep
     self.notes: list[str] = []  # of the latest `restore`
+
+  @property
+  def _is_remote(self) -> bool:
+    return places.is_remote(self.directory)
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, oldest first."""
@@ -119,7 +109,7 @@ class Checkpoints:
       if _is_first_process():
         (partial / _EXTRA).write_text(text)
         body = {"format": _FORMAT, "leaves": saved_arrays.described(leaves)}
-        manifest_lib.write(partial, body, is_remote=self._is_remote)
+        manifest_lib.write(partial, body)
         if not self._is_remote:
           self._make_room(target)
           partial.rename(target)
@@ -129,9 +119,10 @@ class Checkpoints:
     except Exception as e:
       with contextlib.suppress(Exception):
         manifest_lib.remove(partial)
-      if not _disk_error(e):
+      if _disk_error(e):
+        raise errors.UserError(self._cannot_write(step, e)) from e
+      with places.reaching(target, "written"):
         raise
-      raise errors.UserError(self._cannot_write(step, e)) from e
     return target
 
   def restore(
@@ -159,6 +150,12 @@ class Checkpoints:
       errors.UserError: `step` is not there or not whole, no checkpoint of
         several is whole, or shapes, dtypes or names differ from those saved.
     """
+    with places.reaching(self.directory, "read"):
+      return self._restore(abstract_state, step, is_partial)
+
+  def _restore(
+    self, abstract_state: Any, step: int | None, is_partial: bool
+  ) -> Restored | None:
     self.notes = notes = []
     if self.directory.is_dir():
       for path in sorted(self.directory.glob("unfinished_*")):
@@ -206,9 +203,12 @@ class Checkpoints:
 
   def _remove_old(self) -> None:
     steps = self.steps()
-    if self._is_remote:  # what has no manifest is not one of those to keep
-      steps = [s for s in steps if (self.path(s) / manifest_lib.NAME).exists()]
-    old = [self.path(s) for s in steps[: -self.keep]]
+    kept = steps[-self.keep :]
+    if self._is_remote:  # what has no manifest is none, and counts for none
+      is_whole = lambda s: (self.path(s) / manifest_lib.NAME).exists()
+      whole = [s for s in steps if is_whole(s)]
+      kept = [*whole[-self.keep :], *(s for s in steps if s > max(whole))]
+    old = [self.path(s) for s in steps if s not in kept]
     for pattern in ("unfinished_*", "replaced_*"):
       old.extend(self.directory.glob(pattern))
     for path in old:

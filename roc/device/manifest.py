@@ -11,7 +11,6 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Iterator
 from typing import Any
 
 from roc import places
@@ -23,20 +22,20 @@ class Broken(Exception):
   """The directory does not hold what its manifest says; the text says how."""
 
 
-def write(
-  directory: places.Path, body: dict[str, Any], *, is_remote: bool
-) -> None:
+def write(directory: places.Path, body: dict[str, Any]) -> None:
   """Records every file under `directory` and forces all of it to the disk.
 
   Args:
     directory: complete but for the manifest.
     body: JSON-able, returned by `verify`; `files` is added to it.
-    is_remote: it lies in an object store.
   """
+  is_remote = places.is_remote(directory)
   files = {
-    name: [_size(path), None] if is_remote else _checksum(path, sync_too=True)
-    for name, path in sorted(_files(directory))
-    if path.name != NAME
+    name: [size, None]
+    if is_remote
+    else _checksum(directory / name, sync_too=True)
+    for name, size in sorted(places.sizes(directory).items())
+    if name != NAME
   }
   body = {**body, "files": files}
   if is_remote:
@@ -67,11 +66,13 @@ def verify(directory: places.Path) -> dict[str, Any]:
     raise Broken(f"{NAME} cannot be read") from None
   if crc != _crc_of(body):
     raise Broken(f"{NAME} does not match its own checksum")
+  found = places.sizes(directory)
   for name, expected in body["files"].items():
     try:
-      size = _size(directory / name)
-      if size != expected[0]:
-        raise Broken(f"{name} has {size} bytes and had {expected[0]}")
+      if name not in found:
+        raise Broken(f"{name} is missing")
+      if found[name] != expected[0]:
+        raise Broken(f"{name} has {found[name]} bytes and had {expected[0]}")
       is_summed = expected[1] is not None
       if is_summed and _checksum(directory / name) != expected:
         raise Broken(f"{name} does not match its checksum")
@@ -105,22 +106,6 @@ def sync(directory: places.Path) -> None:
 
 def _crc_of(body: Any) -> int:
   return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _files(
-  directory: places.Path, prefix: str = ""
-) -> Iterator[tuple[str, places.Path]]:
-  """Files below a directory, by their names relative to it."""
-  for path in directory.iterdir():
-    if path.is_dir():
-      yield from _files(path, f"{prefix}{path.name}/")
-    else:
-      yield prefix + path.name, path
-
-
-def _size(path: places.Path) -> int:
-  stat = path.stat()
-  return stat.st_size if isinstance(stat, os.stat_result) else stat.length
 
 
 def _checksum(path: places.Path, *, sync_too: bool = False) -> list[int]:
