@@ -144,7 +144,7 @@ def test_the_recipe_from_the_first_stage_to_a_folder(staged, tmp_path, capsys):
   again = tiny(stage1, pretrained=str(tmp_path / "model"), init_from="")
   train.run(again, tmp_path / "again")
   evaluate.run(again, tmp_path / "again")
-  assert "accuracy" in json.loads(
+  assert "eval/heldout/accuracy" in json.loads(
     (tmp_path / "again" / "eval.json").read_text()
   )
 
