@@ -274,10 +274,10 @@ def _one_sentence(where: str) -> Generator[None]:
       first = f"the macro %{unset[1]} is used and never set"
     line = re.search(r"\bline (\d+)", text)
     made = re.search(r"In call to configurable '(\w+)'", text)
-    if line and not where.startswith("gin binding"):
-      where += f" line {line[1]}"
-    elif made:
+    if made:  # whose own words may name a line, of a file of problems
       where = f"gin: {made[1]}"
+    elif line and not where.startswith("gin binding"):
+      where += f" line {line[1]}"
     raise errors.UserError(f"{where}: {first}{_hint(first)}") from e
 
 
