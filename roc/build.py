@@ -13,7 +13,15 @@ import jax
 import rich.console
 
 from roc import config as config_lib
-from roc import config_checks, errors, pretrained, rollout, runlog, wiring
+from roc import (
+  config_checks,
+  errors,
+  places,
+  pretrained,
+  rollout,
+  runlog,
+  wiring,
+)
 from roc.device import (
   checkpoint,
   engine,
@@ -212,7 +220,7 @@ def claim(
   program: str,
   data: Mapping[str, str] = types.MappingProxyType({}),
 ) -> runlog.Run:
-  """Makes `workdir` this run's own (`runlog.claim`).
+  """Makes `workdir` and `config.checkpoint.directory` this run's own.
 
   Args:
     cfg: its configuration.
@@ -221,13 +229,20 @@ def claim(
     program: its name.
     data: what else makes the run that run, such as a digest of its input.
   """
-  return runlog.claim(
-    workdir,
-    program,
-    config_json=config_lib.to_json(cfg),
-    gin_text=host.gin_text,
-    identity=config_lib.identity(cfg, program) | dict(data),
-  )
+  facts: dict[str, Any] = {
+    "config_json": config_lib.to_json(cfg),
+    "gin_text": host.gin_text,
+    "identity": config_lib.identity(cfg, program) | dict(data),
+  }
+  run = runlog.claim(workdir, program, **facts)
+  if cfg.checkpoint.directory:
+    try:
+      store = places.as_path(cfg.checkpoint.directory)
+      runlog.claim_store(store, program, **facts)
+    except BaseException:
+      run.close()
+      raise
+  return run
 
 
 def checkpoints(

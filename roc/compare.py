@@ -83,7 +83,7 @@ def run(cfg: Any, workdir: pathlib.Path) -> None:
   if not cfg.init_from:
     start = workdir / "sft"
     console.print("starting policy: supervised training", markup=False)
-    _program("sft").run(cfg, start)
+    _program("sft").run(_with_store(cfg, "sft"), start)
     cfg = dataclasses.replace(cfg, init_from=str(start))
   jobs = [(seed, arm) for seed in range(cfg.compare.seeds) for arm in ARMS]
   for i, (seed, arm) in enumerate(jobs):
@@ -92,10 +92,23 @@ def run(cfg: Any, workdir: pathlib.Path) -> None:
       console.print(f"[{i + 1}/{len(jobs)}] {place}: finished", markup=False)
       continue
     console.print(f"[{i + 1}/{len(jobs)}] {place}", markup=False)
-    _program("train").run(arm_config(cfg, arm, cfg.seed + seed), place)
+    run_cfg = arm_config(cfg, arm, cfg.seed + seed)
+    run_cfg = _with_store(run_cfg, *place.relative_to(workdir).parts)
+    _program("train").run(run_cfg, place)
   table = write(workdir)
   console.print(table)
   console.print(f"comparison: {workdir / 'comparison.html'}", markup=False)
+
+
+def _with_store(cfg: Any, *parts: str) -> Any:
+  """A place below `config.checkpoint.directory` for each run, if it is set."""
+  directory = cfg.checkpoint.directory
+  if not directory:
+    return cfg
+  store = dataclasses.replace(
+    cfg.checkpoint, directory="/".join([directory.rstrip("/"), *parts])
+  )
+  return dataclasses.replace(cfg, checkpoint=store)
 
 
 def arm_config(cfg: Any, arm: Arm, seed: int) -> Any:

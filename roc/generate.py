@@ -43,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   _check(values)
-  values.model = hub.fetch(values.model)
+  values.weights = hub.weights(values.model)
+  values.model = hub.fetch(values.model, weights=False)
   asked = _read_ids(values) if values.ids else _read_prompt(values)
   sampler = make_sampler(values, asked)
   if values.tool and asked.chat is not None:
@@ -137,7 +138,7 @@ def make_sampler(values: argparse.Namespace, asked: _Asked) -> engine.Engine:
       f" {n_ids} tokens, so they do not belong together"
     )
   policy = model.Policy(shapes, n_ids=n_ids)
-  params = weights.load(values.model, policy, sharding.make_mesh(1, 1, 1))
+  params = weights.load(values.weights, policy, sharding.make_mesh(1, 1, 1))
   length = len(asked.ids) + values.max_tokens + 1
   settings = sampling.SamplingConfig(
     n_slots=min(values.n, 32),

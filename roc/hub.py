@@ -1,14 +1,19 @@
-"""Folders of published models: from this machine, or from the Hugging Face hub.
+"""Folders of published models: from here, an object store, or Hugging Face.
 
 What comes from the hub is kept in its cache ($HF_HOME) and fetched once; a
 download that broke off goes on where it was. $HF_TOKEN, $HF_ENDPOINT and
 $HF_HUB_OFFLINE mean what they mean to every tool of the hub.
 """
 
+import atexit
+import fnmatch
+import functools
 import pathlib
 import re
+import shutil
+import tempfile
 
-from roc import errors
+from roc import errors, places
 
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -25,7 +30,8 @@ def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
 
   Args:
     source: a folder, from here or from the checkout; or `ORG/NAME`,
-      `ORG/NAME@REVISION`, with or without `hf://` before it.
+      `ORG/NAME@REVISION`, with or without `hf://` before it; or one in an
+      object store, `gs://BUCKET/PATH`, whose weights stay there.
     weights: whether its safetensors are needed too.
 
   Returns:
@@ -35,6 +41,8 @@ def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
   Raises:
     errors.UserError: it is nowhere, or cannot be had; says why.
   """
+  if places.is_url(source):
+    return _side_files(source)
   is_remote = source.startswith("hf://")
   name = source.removeprefix("hf://").removeprefix("models/")
   if source and not is_remote:
@@ -51,6 +59,33 @@ def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
   repository, _, revision = name.partition("@")
   patterns = [*_SIDE_FILES, *(_WEIGHTS if weights else ())]
   return _download(repository, revision or None, patterns)
+
+
+def weights(source: str) -> places.Path:
+  """The folder that holds the weights of a model, perhaps in an object store.
+
+  Args:
+    source: as in `fetch`.
+
+  Raises:
+    errors.UserError: it is nowhere, or cannot be had; says why.
+  """
+  return places.as_path(source) if places.is_url(source) else fetch(source)
+
+
+@functools.cache
+def _side_files(source: str) -> pathlib.Path:
+  """A copy of all but the weights, until this process ends."""
+  path = places.as_path(source)
+  with places.reaching(path, "read"):
+    if not path.is_dir():
+      raise errors.UserError(f"{source} does not exist; check its name")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="roc_model_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in path.iterdir():
+      if any(fnmatch.fnmatch(file.name, x) for x in _SIDE_FILES):
+        places.copy_file(file, folder / file.name)
+  return folder
 
 
 def _is_local(name: str) -> bool:

@@ -219,6 +219,11 @@ def _run(
     raise errors.UserError(
       f"{name} needs a directory to work in, as in --workdir=runs/mine"
     )
+  if "://" in values.workdir:
+    raise errors.UserError(
+      f"--workdir={values.workdir} must be a directory of this machine; where"
+      " checkpoints go is --config.checkpoint.directory"
+    )
   workdir = pathlib.Path(values.workdir)
   if command.config != "needed" and not workdir.is_dir():
     raise errors.UserError(
@@ -230,9 +235,11 @@ def _run(
 
     build.use_compilation_cache()
   if values.allow_config_change and command.config == "needed":
-    from roc import runlog
+    from roc import places, runlog
 
     runlog.forget_config(workdir)
+    if config is not None and config.checkpoint.directory:
+      runlog.forget_store(places.as_path(config.checkpoint.directory))
   try:
     program.run(config, workdir)
   except OSError as e:

@@ -6,7 +6,6 @@ the base from where the run had it, and is told if it is another one by now.
 """
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -67,7 +66,7 @@ def first_params(
     where = sharding.param_shardings(mesh, policy.abstract_params)
     fresh = jax.jit(policy.init, out_shardings=where)
     return fresh(jax.random.key(cfg.seed))
-  source = cfg.init_from or pretrained.folder(cfg, weights=True)
+  source = cfg.init_from or pretrained.weights_folder(cfg)
   if cfg.init_from and not pretrained.is_model(source):
     loaded = _load_run(source, policy, mesh)
     build.say(loaded.where)
@@ -87,7 +86,7 @@ class Loaded:
 
 def load_policy(
   cfg: config_lib.Config,
-  source: str | pathlib.Path,
+  source: str | places.Path,
   policy: model.Policy,
   mesh: jax.sharding.Mesh,
   step: int | None = None,
@@ -123,7 +122,7 @@ def load_policy(
 
 
 def _load_run(
-  source: str | pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+  source: str | places.Path, policy: model.Policy, mesh: jax.sharding.Mesh
 ) -> Loaded:
   """Parameters of another run, whatever it trained."""
   theirs = _config_of(source)
@@ -137,21 +136,19 @@ def _load_run(
   return dataclasses.replace(loaded, params=adapted.merged(loaded.params))
 
 
-def _config_of(source: str | pathlib.Path) -> config_lib.Config | None:
+def _config_of(source: str | places.Path) -> config_lib.Config | None:
   """The configuration of a run, where its checkpoint lies beside it."""
-  if places.is_url(source):
-    return None
-  source = pathlib.Path(source)
+  source = places.as_path(source)
   for path in (source / "config.json", source.parent / "config.json"):
-    if path.is_file():
-      return pretrained.settle(
-        config_lib.from_json(path.read_text(), str(path))
-      )
+    with places.reaching(path, "read"):
+      text = path.read_text() if path.exists() else ""
+    if text:
+      return pretrained.settle(config_lib.from_json(text, str(path)))
   return None
 
 
 def _restore(
-  source: str | pathlib.Path, abstract: dict[str, Any], step: int | None
+  source: str | places.Path, abstract: dict[str, Any], step: int | None
 ) -> Loaded:
   """Parts of a state; `params` alone if nothing else was asked for."""
   checkpoints = checkpoint.Checkpoints(_directory(source))
@@ -172,13 +169,13 @@ def _restore(
   )
 
 
-def _directory(source: str | pathlib.Path) -> str | pathlib.Path:
+def _directory(source: str | places.Path) -> str | places.Path:
   """Where the checkpoints of a workdir lie, or `source` if it is none."""
   if places.is_url(source):
     return source
-  source = pathlib.Path(source)
+  source = places.as_path(source)
   theirs = source / "config.json"
-  if theirs.is_file():
+  if theirs.exists():
     text = theirs.read_text()
     named = config_lib.from_json(text, str(theirs)).checkpoint.directory
     if named:

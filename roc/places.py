@@ -8,6 +8,8 @@ must not be remembered.
 import contextlib
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Generator
 
 import fsspec.config
@@ -20,6 +22,7 @@ from roc import errors
 Path = pathlib.Path | epath.Path
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 _LOCAL = "file://"
+_BLOCK = 16 << 20  # bytes
 # Mistakes of ours: these are shown as they are.
 _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 
@@ -35,7 +38,7 @@ def _scheme(name: str) -> str:
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:
-  """An absolute path, or one of an object store.
+  """A path here or in an object store.
 
   Raises:
     errors.UserError: it is of another kind of store.
@@ -43,7 +46,7 @@ def as_path(name: str | os.PathLike[str]) -> Path:
   text = os.fspath(name).removeprefix(_LOCAL)
   scheme = _scheme(text)
   if not scheme:
-    return pathlib.Path(text).absolute()
+    return pathlib.Path(text)
   if scheme not in _PACKAGES:
     stores = ", ".join(f"{x}://" for x in _PACKAGES)
     raise errors.UserError(
@@ -53,6 +56,11 @@ def as_path(name: str | os.PathLike[str]) -> Path:
   settings = fsspec.config.conf.setdefault(scheme, {})
   settings.setdefault("use_listings_cache", False)
   return epath.Path(text)
+
+
+def absolute(path: Path) -> Path:
+  """The path that does not depend on where this process is."""
+  return path.absolute() if isinstance(path, pathlib.Path) else path
 
 
 def is_remote(path: Path) -> bool:
@@ -91,6 +99,29 @@ def reaching(path: Path, what: str) -> Generator[None, None, None]:
     raise errors.UserError(
       f"{path} cannot be {what} ({first}); {remedy}"
     ) from e
+
+
+@contextlib.contextmanager
+def local(path: Path) -> Generator[pathlib.Path, None, None]:
+  """A file on this machine: itself, or a copy until the block ends.
+
+  Raises:
+    errors.UserError: it cannot be copied from where it is.
+  """
+  if isinstance(path, pathlib.Path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix="roc_") as scratch:
+    copy = pathlib.Path(scratch) / path.name
+    with reaching(path, "read"):
+      copy_file(path, copy)
+    yield copy
+
+
+def copy_file(source: Path, target: Path) -> None:
+  """Copies the bytes of a file, some at a time."""
+  with source.open("rb") as read, target.open("wb") as write:
+    shutil.copyfileobj(read, write, _BLOCK)
 
 
 def sizes(directory: Path) -> dict[str, int]:

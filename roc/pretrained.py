@@ -7,12 +7,15 @@ when the run is built.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from roc import config as config_lib
-from roc import errors, hub
+from roc import errors, hub, places
 from roc.device import families, model, weights
 
 # `config.init_from` for a fresh model of a folder's shapes.
@@ -53,38 +56,52 @@ def settle(cfg: config_lib.Config) -> config_lib.Config:
   return cfg
 
 
-def folder(cfg: config_lib.Config, *, weights: bool = False) -> pathlib.Path:
-  """Where the files of `config.pretrained` are.
-
-  Args:
-    cfg: the configuration.
-    weights: whether the weights are needed too.
+def folder(cfg: config_lib.Config) -> pathlib.Path:
+  """Where the files of `config.pretrained` are, perhaps without the weights.
 
   Raises:
     errors.UserError: there is no such folder, or it cannot be fetched.
   """
+  return _found(cfg, functools.partial(hub.fetch, weights=False))
+
+
+def weights_folder(cfg: config_lib.Config) -> places.Path:
+  """Where the weights of `config.pretrained` are.
+
+  Raises:
+    errors.UserError: there is no such folder, or it cannot be fetched.
+  """
+  return _found(cfg, hub.weights)
+
+
+def _found(cfg: config_lib.Config, find: Callable[[str], Any]) -> Any:
   try:
-    return hub.fetch(cfg.pretrained, weights=weights)
+    return find(cfg.pretrained)
   except errors.UserError as e:
     raise errors.UserError(f"config.pretrained: {e}") from e
 
 
-def is_model(source: str | pathlib.Path) -> bool:
-  """Whether a path is a folder with a published model's weights."""
-  path = pathlib.Path(source)
-  has_shapes = (path / families.CONFIG_FILE).is_file()
-  return has_shapes and any(path.glob("*.safetensors"))
+def is_model(source: str | places.Path) -> bool:
+  """Whether a path is a folder with a published model's weights.
+
+  Raises:
+    errors.UserError: an object store cannot be reached.
+  """
+  path = places.as_path(source)
+  with places.reaching(path, "read"):
+    has_shapes = (path / families.CONFIG_FILE).exists()
+    return has_shapes and any(path.glob("*.safetensors"))
 
 
 def load(
-  source: str | pathlib.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+  source: str | places.Path, policy: model.Policy, mesh: jax.sharding.Mesh
 ) -> model.Params:
   """The weights of a folder, for a policy that must have its shapes.
 
   Raises:
     errors.UserError: it holds none, or of other shapes.
   """
-  path = pathlib.Path(source)
+  path = places.as_path(source)
   if not is_model(path):
     raise errors.UserError(
       f"{path} holds no weights (*.safetensors); set config.init_from to a run,"

@@ -10,7 +10,7 @@ import os
 import pathlib
 from typing import Any
 
-from roc import errors
+from roc import errors, places
 
 _LOCK = ".lock"
 
@@ -82,13 +82,16 @@ def statements(gin_text: str) -> dict[str, str]:
   return found
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: places.Path, value: Any) -> None:
   """Writes a file of indented JSON, whole or not at all."""
   write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
+def write_text(path: places.Path, text: str) -> None:
+  """Writes a file whole or not at all, as object stores do by themselves."""
+  if not isinstance(path, pathlib.Path):
+    path.write_text(text)
+    return
   partial = path.with_name(f".{path.name}.partial")
   try:
     with open(partial, "w") as f:

@@ -21,7 +21,7 @@ import platform
 import sys
 from typing import Any
 
-from roc import errors, records
+from roc import errors, places, records
 
 METRICS = "metrics.jsonl"
 _RECORD = "run.json"
@@ -111,6 +111,74 @@ def forget_config(workdir: str | os.PathLike[str]) -> None:
     records.write_json(path / _RECORD, record)
   finally:
     os.close(fd)
+
+
+def claim_store(
+  directory: places.Path,
+  program: str,
+  *,
+  config_json: str,
+  gin_text: str,
+  identity: dict[str, Any],
+) -> None:
+  """Makes a place for checkpoints outside of the workdir this run's own.
+
+  The same run may come back from another machine with a new workdir and goes on
+  there. Writing the record also shows, before any work, that one can write.
+
+  Args:
+    directory: of nothing but this run's checkpoints.
+    program: as in `claim`, and so on.
+    config_json: likewise.
+    gin_text: likewise.
+    identity: likewise.
+
+  Raises:
+    errors.UserError: it cannot be written, or has another run's checkpoints.
+  """
+  path = directory / _RECORD
+  wanted: dict[str, Any] = {
+    "program": program,
+    "identity": _as_json(identity) | records.statements(gin_text),
+  }
+  where = f"config.checkpoint.directory {directory}"
+  with places.reaching(directory, "written"):
+    old = _stored_record(path) or wanted
+    changed = records.differences(old["identity"], wanted["identity"])
+    if old["program"] != program:
+      changed = f"program ({old['program']} -> {program})"
+    if changed:
+      raise errors.UserError(
+        f"{where} has the checkpoints of another run: {changed} differ; give"
+        " another one, or --allow_config_change to go on there"
+      )
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+      if places.is_remote(directory):
+        raise
+      raise errors.UserError(f"{where} cannot be written: {e.strerror}") from e
+    records.write_text(directory / "config.json", config_json)
+    records.write_json(path, wanted)
+
+
+def _stored_record(path: places.Path) -> dict[str, Any] | None:
+  if not path.exists():
+    return None
+  try:
+    record = json.loads(path.read_bytes())
+    return {key: record[key] for key in ("program", "identity")}
+  except (ValueError, KeyError, TypeError) as e:
+    raise errors.UserError(
+      f"{path} is no record of a run; mend it, or give another"
+      " config.checkpoint.directory"
+    ) from e
+
+
+def forget_store(directory: places.Path) -> None:
+  """Lets the next `claim_store` bring any configuration."""
+  with places.reaching(directory, "written"):
+    (directory / _RECORD).unlink(missing_ok=True)
 
 
 class MetricsLog:

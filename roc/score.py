@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roc import cli, errors, hub, lines
+from roc import cli, errors, hub, lines, places
 from roc.core import logprobs
 from roc.device import families, model, sharding, weights
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   rows = read_rows(values.input)
-  policy, params = load(str(hub.fetch(values.model)), values.dtype)
+  policy, params = load(hub.weights(values.model), values.dtype)
   check_ids(rows, policy.config.vocab_size, lines.shown(values.input))
   for i, found in enumerate(score(policy, params, rows), 1):
     print(json.dumps(found) if values.json else _shown(i, found), flush=True)
@@ -105,7 +105,7 @@ def check_ids(rows: Sequence[Sequence[int]], size: int, name: str) -> None:
         )
 
 
-def load(folder: str, dtype: str) -> tuple[model.Policy, model.Params]:
+def load(folder: places.Path, dtype: str) -> tuple[model.Policy, model.Params]:
   """A policy and its weights, on the first device."""
   config = families.read(folder)
   policy = model.Policy(dataclasses.replace(config, dtype=dtype))

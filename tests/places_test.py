@@ -16,7 +16,7 @@ def test_names_of_object_stores_are_kept():
 @pytest.mark.parametrize("name", ["a", "file:///a", pathlib.Path("/a")])
 def test_other_names_are_local(name):
   path = places.as_path(name)
-  assert path.is_absolute() and path.name == "a"
+  assert path.name == "a" and isinstance(path, pathlib.Path)
   assert not places.is_remote(path) and not places.is_url(path)
 
 

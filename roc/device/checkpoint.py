@@ -53,7 +53,7 @@ class Checkpoints:
     """Args: directory, made on the first save; keep, how many to leave."""
     if keep < 1:
       raise ValueError(f"keep must be at least 1, got {keep}")
-    self.directory = places.as_path(directory)
+    self.directory = places.absolute(places.as_path(directory))
     self.keep = keep
     self.notes: list[str] = []  # of the latest `restore`
 

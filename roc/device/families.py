@@ -8,11 +8,10 @@ almost right would train and be wrong.
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from roc import errors
+from roc import errors, places
 from roc.device import model as model_lib
 
 CONFIG_FILE = "config.json"
@@ -122,16 +121,17 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read(folder: str | pathlib.Path) -> model_lib.ModelConfig:
+def read(folder: str | places.Path) -> model_lib.ModelConfig:
   """The shapes of the model in a Hugging Face folder.
 
   Raises:
     errors.UserError: no readable config.json, another architecture, or a field
       that asks for what the block does not do; names it.
   """
-  path = pathlib.Path(folder) / CONFIG_FILE
+  path = places.as_path(folder) / CONFIG_FILE
   try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    with places.reaching(path, "read"):
+      fields = json.loads(path.read_bytes())
   except OSError as e:
     raise errors.UserError(
       f"{path} cannot be read ({e.strerror}); every model folder has one"
@@ -144,7 +144,7 @@ def read(folder: str | pathlib.Path) -> model_lib.ModelConfig:
 
 
 class _Reader:
-  def __init__(self, path: pathlib.Path, fields: dict[str, Any]):
+  def __init__(self, path: places.Path, fields: dict[str, Any]):
     self._path = path
     self._fields = fields
 

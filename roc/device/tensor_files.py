@@ -4,9 +4,11 @@ A file is the length of its header (8 bytes), the header (JSON: name to type,
 shape and place) and the numbers, without a gap
 (https://github.com/huggingface/safetensors#format). All headers are read and
 checked before any number is. Then a tensor is mapped, one at a time, so that
-only the tensor in hand counts as memory of this process.
+only the tensor in hand counts as memory of this process. Of a folder in an
+object store one file at a time is copied to this machine.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -18,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from roc import errors
+from roc import errors, places
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -59,7 +61,7 @@ class Folder:
     tensors: all of them, by name.
   """
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: places.Path):
     """Reads the headers.
 
     Raises:
@@ -68,6 +70,11 @@ class Folder:
     """
     self.path = path
     self.tensors: dict[str, Tensor] = {}
+    with places.reaching(path, "read"):
+      self._read_headers()
+
+  def _read_headers(self) -> None:
+    path = self.path
     index = self._index()
     for file in sorted(set(index.values())) if index else [SINGLE_FILE]:
       for name, tensor in _read_header(path / file).items():
@@ -88,8 +95,7 @@ class Folder:
     """The file of every tensor, or nothing where there is a single file."""
     path = self.path / INDEX_FILE
     try:
-      text = path.read_text(encoding="utf-8")
-      index = json.loads(text)["weight_map"]
+      index = json.loads(path.read_bytes())["weight_map"]
       files = set(index.values())
       # No path, which would lead out of the folder.
       if not files or not all(_FILE.fullmatch(x) for x in files):
@@ -102,6 +108,8 @@ class Folder:
         ) from None
       return {}
     except OSError as e:
+      if places.is_remote(path):
+        raise
       raise errors.UserError(f"{path} cannot be read: {e.strerror}") from e
     except (ValueError, KeyError, AttributeError, TypeError) as e:
       raise errors.UserError(f"{path} is no index of safetensors") from e
@@ -115,21 +123,27 @@ class Folder:
     Yields:
       Name and numbers; let go of them before asking for the next.
     """
-    place = lambda name: (self.tensors[name].file, self.tensors[name].start)
-    for name in sorted(names, key=place):
-      tensor = self.tensors[name]
-      mapped = np.memmap(
-        self.path / tensor.file,
-        DTYPES[tensor.kind],
-        mode="r",
-        offset=tensor.start,
-        shape=tensor.shape,
-      )
-      yield name, np.require(np.asarray(mapped), requirements="A")
-      del mapped
+    of_file = collections.defaultdict(list)
+    for name in names:
+      of_file[self.tensors[name].file].append(name)
+    for file in sorted(of_file):
+      with places.local(self.path / file) as path:
+        for name in sorted(of_file[file], key=lambda x: self.tensors[x].start):
+          yield name, _map(path, self.tensors[name])
 
 
-def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+def _map(path: pathlib.Path, tensor: Tensor) -> np.ndarray:
+  mapped = np.memmap(
+    path,
+    DTYPES[tensor.kind],
+    mode="r",
+    offset=tensor.start,
+    shape=tensor.shape,
+  )
+  return np.require(np.asarray(mapped), requirements="A")
+
+
+def _read_header(path: places.Path) -> dict[str, Tensor]:
   try:
     with path.open("rb") as f:
       n_file = f.seek(0, 2)
@@ -142,6 +156,8 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
   except FileNotFoundError as e:
     raise errors.UserError(f"{path} is missing") from e
   except OSError as e:
+    if places.is_remote(path):
+      raise
     raise errors.UserError(f"{path} cannot be read: {e.strerror}") from e
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
     why = e if type(e) is ValueError else "its header cannot be read"

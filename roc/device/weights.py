@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from roc import errors
+from roc import errors, places
 from roc.device import families, sharding, tensor_files
 from roc.device import model as model_lib
 
@@ -87,7 +87,7 @@ class Leaf:
 
 
 def load(
-  folder: str | pathlib.Path,
+  folder: str | places.Path,
   policy: model_lib.Policy,
   mesh: jax.sharding.Mesh,
   *,
@@ -96,7 +96,8 @@ def load(
   """Reads a folder's weights into parameters, laid out over a mesh.
 
   Args:
-    folder: with safetensors of float32, float16 or bfloat16.
+    folder: with safetensors of float32, float16 or bfloat16; also in an object
+      store, of which one file at a time is copied to this machine.
     policy: of the same shapes.
     mesh: that the parameters are for.
     dtype: of the matrices; vectors are float32.
@@ -105,7 +106,7 @@ def load(
     errors.UserError: a file is missing or cut off, or tensors are missing,
       left over or of other shapes or types; names them.
   """
-  source = tensor_files.Folder(pathlib.Path(folder))
+  source = tensor_files.Folder(places.as_path(folder))
   leaves = jax.tree_util.tree_map_with_path(
     lambda path, x: Leaf(sharding.path_name(path), x.shape),
     policy.abstract_params,

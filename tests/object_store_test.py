@@ -1,0 +1,204 @@
+"""Runs, models and exports whose files are in an object store."""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import quickstart
+from roc import build, config, errors, main, parameters, places, sft, train
+from roc.device import checkpoint, families, model, sharding, weights
+from tests import stores
+
+MODELS = pathlib.Path(__file__).parent / "golden" / "models"
+STORE = "gs://bucket/run"
+
+
+@pytest.fixture
+def store(monkeypatch):
+  with stores.serving(monkeypatch) as store:
+    yield store
+
+
+def settings(**changes):
+  c = quickstart.get_config("tiny")
+  values = {
+    **{"sft.steps": 40, "sft.n_demos": 16, "sft.rows": 4, "sft.length": 160},
+    **{"checkpoint.every": 1, "checkpoint.directory": STORE},
+    **{"log.progress": False, "log.tensorboard": False, **changes},
+  }
+  for name, value in values.items():
+    section, _, key = name.rpartition(".")
+    setattr(getattr(c, section) if section else c, key, value)
+  return config.resolve(c)
+
+
+def copy(store, folder, place):
+  """Puts the files of a folder where a URL says."""
+  for path in folder.iterdir():
+    store.put(f"{place.removeprefix('gs://')}/{path.name}", path.read_bytes())
+
+
+def load(folder):
+  policy = model.Policy(families.read(folder))
+  return weights.load(folder, policy, sharding.make_mesh(1, 1, 1))
+
+
+def same(params, others):
+  jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+# ----------------------------------------------------------------------- runs
+
+
+def final_state(directory, cfg):
+  policy = build.make_policy(cfg, build.host_parts(cfg))
+  abstract = train.make_learner(cfg, policy).abstract_state.params
+  checkpoints = checkpoint.Checkpoints(directory)
+  return checkpoints.restore({"params": abstract}, is_partial=True)
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_a_run_goes_on_on_another_machine(
+  store, compiled, tmp_path, monkeypatch, capsys
+):
+  """From the store alone: the first machine's workdir is gone."""
+  local = settings(**{"checkpoint.directory": ""})
+  sft.run(local, tmp_path / "local")
+  cfg = settings()
+  save = checkpoint.Checkpoints.save
+
+  def killed(self, step, *args):
+    save(self, step, *args)
+    raise Killed
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(checkpoint.Checkpoints, "save", killed)
+    sft.run(cfg, tmp_path / "first")
+  assert not (tmp_path / "first" / "checkpoints").exists()
+  sft.run(cfg, tmp_path / "second")
+  want = final_state(tmp_path / "local" / "checkpoints", local)
+  found = final_state(STORE, cfg)
+  assert want.step == found.step == 40
+  same(found.state, want.state)
+  # Their rows are those of the steps that each took.
+  rows = lambda place: [
+    json.loads(line)
+    for line in (tmp_path / place / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert [row["step"] for row in rows("second")] == list(range(21, 41))
+  assert rows("second") == rows("local")[20:]
+  sft.run(cfg, tmp_path / "third")
+  assert "all 40 steps are done" in capsys.readouterr().out
+
+
+def test_a_store_belongs_to_one_run(store, tmp_path):
+  host = build.host_parts(settings())
+  claim = lambda cfg, name, program="train": build.claim(
+    cfg, host, tmp_path / name, program
+  )
+  claim(settings(), "a").close()
+  claim(settings(**{"checkpoint.keep": 5}), "b").close()
+  other = settings(seed=8)
+  with pytest.raises(errors.UserError, match="gs://.*another run: seed") as e:
+    claim(other, "c")
+  assert "--allow_config_change" in str(e.value)
+  with pytest.raises(errors.UserError, match=r"program \(train -> sft\)"):
+    claim(settings(), "d", "sft")
+  # The workdir is free again.
+  claim(dataclasses.replace(other, checkpoint=local()), "c").close()
+  store.put("bucket/run/run.json", b"{")
+  with pytest.raises(errors.UserError, match="is no record of a run"):
+    claim(settings(), "a")
+
+
+def local():
+  return config.CheckpointConfig()
+
+
+def test_going_on_with_another_configuration(store, tmp_path, capsys):
+  flags = [
+    *("sft", "--config=experiments/quickstart.py:tiny"),
+    *(f"--config.checkpoint.directory={STORE}", "--config.sft.n_demos=16"),
+    *("--config.sft.steps=2", "--config.log.progress=False"),
+    *("--config.log.tensorboard=False", f"--workdir={tmp_path}/run"),
+  ]
+  assert main.main(flags) == 0
+  flags.append("--config.sft.lr=1e-3")
+  assert main.main(flags) == 2
+  assert "belongs to another configuration" in capsys.readouterr().err
+  assert main.main([*flags, "--allow_config_change"]) == 0
+  assert main.main([*flags, "--workdir=gs://bucket/work"]) == 2
+  assert "must be a directory of this machine" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_noticed_first(store, tmp_path):
+  store.fail_after = 0
+  with pytest.raises(errors.UserError, match="gs://bucket/run cannot be wr"):
+    sft.run(settings(), tmp_path / "run")
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_another_run_starts_from_the_store(store, compiled, tmp_path):
+  cfg = settings(**{"sft.steps": 2})
+  sft.run(cfg, tmp_path / "run")
+  want = final_state(STORE, cfg).state["params"]
+  policy = build.make_policy(cfg, build.host_parts(cfg))
+  mesh = build.make_mesh(cfg)
+  for source in (STORE, str(tmp_path / "run")):
+    new = settings(**{"checkpoint.directory": "", "init_from": source})
+    same(parameters.first_params(new, policy, mesh), want)
+  loaded = parameters.load_policy(cfg, tmp_path / "run", policy, mesh)
+  same(loaded.params, want)
+  assert "gs://bucket/run/step_00000002" in loaded.where
+
+
+# --------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_weights_are_read_from_a_store(store, tmp_path, monkeypatch, name):
+  """With a copy of one file at a time on this machine."""
+  want = load(MODELS / name)
+  policy = model.Policy(families.read(MODELS / name))
+  folder = tmp_path / "model"
+  weights.export(
+    want, policy.config, folder, dtype="float32", shard_bytes=40_000
+  )
+  n_files = len(list(folder.glob("*.safetensors")))
+  copy(store, folder, "gs://bucket/models/x")
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+  (tmp_path / "scratch").mkdir()
+  copy_file, most = places.copy_file, []
+
+  def counted(source, target):
+    copy_file(source, target)
+    held = [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()]
+    most.append(len(held))
+
+  monkeypatch.setattr(places, "copy_file", counted)
+  same(load("gs://bucket/models/x"), want)
+  assert n_files > 2 and most == [1] * n_files
+  assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_bad_folders_of_a_store(store):
+  place = "gs://bucket/models/x"
+  with pytest.raises(errors.UserError, match="x/config.json cannot be read"):
+    load(place)
+  copy(store, MODELS / "qwen3", place)
+  key = "bucket/models/x/model.safetensors"
+  whole = store.objects[key]
+  store.put(key, whole[:-1])
+  with pytest.raises(errors.UserError, match="gs://.*is no whole safetensors"):
+    load(place)
+  store.delete(key)
+  with pytest.raises(errors.UserError, match="x holds neither model.safe"):
+    load(place)
