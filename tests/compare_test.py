@@ -71,12 +71,18 @@ class _Compare:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+  directory: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Config:
   seed: int = 5
   init_from: str = ""
   filter: _Filter = _Filter()
   train: _Train = _Train()
   compare: _Compare = _Compare()
+  checkpoint: _Checkpoint = _Checkpoint()
 
 
 def test_all_arms_start_from_one_policy_and_finished_runs_are_kept(
@@ -111,6 +117,23 @@ def test_all_arms_start_from_one_policy_and_finished_runs_are_kept(
   trained.clear()
   compare.run(_Config(init_from="elsewhere"), tmp_path)
   assert trained == []
+
+
+def test_every_run_has_a_place_of_its_own_in_a_store(tmp_path, monkeypatch):
+  used = []
+
+  def note(cfg, workdir):
+    used.append(cfg.checkpoint.directory)
+    runs.write_metrics(workdir, n_steps=cfg.train.steps)
+
+  monkeypatch.setattr(
+    compare, "_program", lambda name: types.SimpleNamespace(run=note)
+  )
+  store = _Checkpoint("gs://bucket/comparison/")
+  compare.run(_Config(compare=_Compare(seeds=2), checkpoint=store), tmp_path)
+  assert len(used) == len(set(used)) == 1 + 2 * len(compare.ARMS)
+  assert used[0] == "gs://bucket/comparison/sft"
+  assert "gs://bucket/comparison/uniform/seed_6" in used
 
 
 def test_a_run_is_finished_when_its_last_step_is_evaluated(tmp_path):
