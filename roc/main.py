@@ -162,7 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
-    return _dispatch(argv)
+    code = _dispatch(argv)
+    sys.stdout.flush()  # here and not at exit, where nobody hears of a failure
+    return code
   except errors.UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2

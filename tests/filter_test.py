@@ -437,13 +437,12 @@ def test_step_key_is_a_stream_of_its_own():
 def test_whoever_reads_the_output_may_stop(tmp_path):
   path = write(tmp_path / "a.jsonl", [minimal(n // 2, n % 2) for n in range(4)])
   command = [sys.executable, "-m", "roc.main", "filter", str(path), "--json"]
-  child = subprocess.Popen(
+  with subprocess.Popen(
     command, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  )
-  child.stdout.close()
-  assert child.stderr.read() == b""
-  child.stderr.close()
-  assert child.wait(timeout=60) == 0
+  ) as child:
+    child.stdout.close()
+    said = child.stderr.read()
+  assert (child.returncode, said) == (0, b"")
 
 
 def test_no_group_is_mixed(tmp_path, capsys):
