@@ -255,6 +255,7 @@ def test_greedy_ids_are_the_reference_s(as_json, name):
   assert "text" not in found
 
 
+@pytest.mark.slow
 def test_samples_depend_on_the_seed_alone(as_json, folder):
   flags = ("generate", "--model", folder, "--prompt=1 + 1?", "--max_tokens=12")
   sampled = (*flags, "--temperature=1.0", "--n=3")
@@ -267,6 +268,7 @@ def test_samples_depend_on_the_seed_alone(as_json, folder):
   assert len(greedy["ids"]) <= 12
 
 
+@pytest.mark.slow
 def test_the_prompt_may_come_from_stdin_and_be_raw(as_json, run, folder):
   raw = ("generate", "--model", folder, "--raw", "--max_tokens=5")
   (found,) = as_json(*raw, text="12 + 34 =\n")

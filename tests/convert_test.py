@@ -98,6 +98,7 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.slow
 def test_a_stopped_command_goes_on(steps, capsys, tmp_path, monkeypatch, cut):
   output = tmp_path / "calls.jsonl"
   real, lines = convert._Unfinished.add, []
@@ -127,6 +128,7 @@ def test_a_stopped_command_goes_on(steps, capsys, tmp_path, monkeypatch, cut):
   assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_work_on_something_else_is_not_gone_on_with(steps, capsys, tmp_path):
   output = tmp_path / "calls.jsonl"
   unfinished = tmp_path / ".calls.jsonl.unfinished"

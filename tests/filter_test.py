@@ -128,6 +128,7 @@ def test_the_choice_is_the_trainer_s(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.slow
 def test_groups_of_unequal_size_are_chosen_as_each_alone(tmp_path, mode):
   rng = random.Random(1)
   rows = [

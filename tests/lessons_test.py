@@ -123,6 +123,7 @@ def test_a_bad_line_is_named_before_any_work(data, tmp_path):
     sft.run(cfg, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_files_and_knows_them_again(data, tmp_path):
   cfg = settings(
     sft__data=(str(data),), sft__steps=60, sft__lr=1e-2, sft__warmup=2

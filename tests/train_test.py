@@ -311,6 +311,7 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_run(ran):
 # ------------------------------------------------------------------ adapters
 
 
+@pytest.mark.slow
 def test_adapters_on_a_frozen_base(ran, tmp_path, monkeypatch):
   """Sampled with, resumed, and evaluated as the run itself does."""
   cfg = settings(

@@ -191,6 +191,7 @@ def assert_close(got, want):
   assert optax.tree.norm(error) < 2e-5 * optax.tree.norm(want)
 
 
+@pytest.mark.slow
 def test_gradients_follow_from_those_of_all_weights(
   adapted, policy, params, joined, batch, reference
 ):
@@ -209,11 +210,13 @@ def test_gradients_follow_from_those_of_all_weights(
   assert_close(reference, {"layers": want})
 
 
+@pytest.mark.slow
 def test_microbatches_are_inert(adapted, joined, batch, reference):
   made = make_learner(adapted, n_microbatches=4)
   assert_close(change(made, joined, batch), reference)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(adapted, joined, batch, reference):
   made = make_learner(adapted, mesh=(2, 2, 2), n_microbatches=2)
   assert_close(change(made, joined, batch), reference)
@@ -265,6 +268,7 @@ def test_no_update_without_a_base(adapted, batch):
 # ------------------------------------------------------------------ fingerprint
 
 
+@pytest.mark.slow
 def test_fingerprint_knows_the_base(adapted, params):
   low = dataclasses.replace(CONFIG, base_dtype="bfloat16")
   seal = lambda params, config=low: tuple(
@@ -326,6 +330,7 @@ def drawn(policy, params):
 @pytest.mark.parametrize(
   "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
 )
+@pytest.mark.slow
 def test_engine_and_train_step_agree(make_adapted, params, dtype):
   config = dataclasses.replace(CONFIG, base_dtype=dtype)
   adapted = make_adapted(config, dtype=dtype)
@@ -352,6 +357,7 @@ def test_engine_and_train_step_agree(make_adapted, params, dtype):
       assert x.unsafe_buffer_pointer() == y.unsafe_buffer_pointer()
 
 
+@pytest.mark.slow
 def test_steps_too_small_for_a_weight_are_not_lost(
   make_adapted, params, tokens_BT
 ):
