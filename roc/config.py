@@ -71,7 +71,7 @@ class SftConfig:
   # What is longer than a row: an error, left out, or cut off there.
   overlong: Literal["error", "drop", "truncate"] = "error"
   heldout: float = 0.0  # share that is not learnt, to measure on
-  heldout_every: int = 100  # steps between measurements
+  heldout_every: int = 100  # steps between; 0: only the first and last
   heldout_calls: int = 64  # of its turns that call, drawn greedily; 0: none
   n_demos: int = 4000  # demonstrations
   steps: int = 600  # updates

@@ -127,24 +127,37 @@ def draw_from_head(
     )
   )
   prefix = chat.answer_prefix_ids()
-  handles = sampler.submit(
+  turns = draw_turns(
+    sampler,
     [
       engine.Request(chat.prompt_ids(p.question) + prefix, key, max_tokens)
       for p, key in zip(problems, key_B2, strict=True)
-    ]
+    ],
   )
-  texts: dict[int, list[int]] = {handle: [] for handle in handles}
+  return [chat.tokenizer.decode(ids).split("}")[0] for ids in turns]
+
+
+def draw_turns(
+  sampler: rollout.Sampler, requests: Sequence[engine.Request]
+) -> list[list[int]]:
+  """What is drawn for each request until its turn ends or its budget is spent.
+
+  Returns:
+    Ids, those of the end included; in the order of the requests.
+  """
+  handles = sampler.submit(requests)
+  turns: dict[int, list[int]] = {handle: [] for handle in handles}
   running = set(handles)
   try:
     while drawn := sampler.decode():
       for handle, chunk in drawn.items():
-        texts[handle] += chunk.tokens
+        turns[handle] += chunk.tokens
         if chunk.is_stopped:
           running.remove(handle)
           sampler.release([handle])
   finally:  # nobody has the word, or somebody interrupted
     sampler.release(sorted(running))
-  return [chat.tokenizer.decode(ids).split("}")[0] for ids in texts.values()]
+  return list(turns.values())
 
 
 def summarise(

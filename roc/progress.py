@@ -15,6 +15,8 @@ _SHOWN = {
   "accuracy": "acc",
   "tools/failure_frequency": "fail",
   "eval/heldout/accuracy": "held-out",
+  "eval/heldout/loss": "held-out loss",
+  "eval/heldout/well_formed": "well-formed",
 }
 
 

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, lessons, parameters, pretrained, runlog
+from roc import build, heldout, lessons, parameters, pretrained, runlog
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -55,6 +55,10 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       cfg, parameters.first_state(cfg, learner), restored
     )
 
+    apart = None
+    if found.heldout:
+      apart = heldout.Heldout(cfg, policy, host, learner, found.heldout)
+
     # ------------------------------------------------------------- loop
     weights_of = jax.jit(step_lib.sft_weights)
     with (
@@ -68,6 +72,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       ) as bar,
     ):
       n_tokens = start * cfg.sft.rows * cfg.sft.length
+      if apart is not None and not start:
+        log.write(0, apart.run(learner.params(state.params)))
       for step in range(start + 1, cfg.sft.steps + 1):
         index_B = _row_order(cfg, len(rows["tokens_BT"]), step)
         batch = learner.place({k: v[index_B] for k, v in rows.items()})
@@ -75,10 +81,18 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
         state, stats = learner.update(state, batch)
         n_tokens += batch["tokens_BT"].size
         row = metrics.finalize(stats) | {"tokens_sampled": n_tokens}
+        if apart is not None and _is_measured(cfg, step):
+          row |= apart.run(learner.params(state.params))
         log.write(step, row)
         bar.update(step, row)
         if step % (cfg.checkpoint.every * 20) == 0 or step == cfg.sft.steps:
           checkpoints.save(step, state, {"tokens": n_tokens})
+
+
+def _is_measured(cfg: config_lib.Config, step: int) -> bool:
+  """Whether held-out lessons are measured behind a step."""
+  every = cfg.sft.heldout_every
+  return step == cfg.sft.steps or (every > 0 and step % every == 0)
 
 
 def _row_order(cfg: config_lib.Config, n_rows: int, step: int) -> np.ndarray:
