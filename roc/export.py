@@ -8,15 +8,14 @@ processor: no accelerator has to be free.
 """
 
 import argparse
-import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-from etils import epath
 
 from roc import build, cli, errors, parameters, places, pretrained, wiring
 from roc import config as config_lib
@@ -33,22 +32,16 @@ def main(argv: Sequence[str]) -> int:
   """
   values = make_parser().parse_args(argv)
   jax.config.update("jax_platforms", "cpu")
-  workdir, output = pathlib.Path(values.workdir), values.output
-  place = places.as_path(output)
-  if place.exists():
-    raise errors.UserError(f"{output} exists; name a new folder")
+  workdir, output = pathlib.Path(values.workdir), places.as_path(values.output)
+  with places.reaching(output, "written"):
+    if output.exists():
+      raise errors.UserError(f"{output} exists; name a new folder")
   cfg = pretrained.settle(read_config(workdir))
-  with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(output)
-    if places.is_remote(place):
-      scratch = tempfile.TemporaryDirectory(prefix="roc_export_")
-      folder = pathlib.Path(stack.enter_context(scratch)) / "model"
-    name = export(cfg, workdir, folder, step=values.step, dtype=values.dtype)
-    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    if places.is_remote(place):
-      upload(folder, place)
+  name = export(cfg, workdir, output, step=values.step, dtype=values.dtype)
+  with places.reaching(output, "read"):
+    n_bytes = sum(places.sizes(output).values())
   found = {
-    "output": output,
+    "output": str(output),
     "checkpoint": name,
     "dtype": values.dtype,
     "bytes": n_bytes,
@@ -59,21 +52,6 @@ def main(argv: Sequence[str]) -> int:
     size = found["bytes"] / 2**20
     print(f"{output}: {name}, {values.dtype}, {size:.1f} MiB")
   return 0
-
-
-def upload(folder: pathlib.Path, place: places.Path) -> None:
-  """Copies a folder to an object store; config.json, which makes it one, last.
-
-  Raises:
-    errors.UserError: it cannot be written there.
-  """
-  is_last = lambda path: path.name == families.CONFIG_FILE
-  try:
-    place.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir(), key=is_last):
-      epath.Path(path).copy(place / path.name)
-  except Exception as e:  # of whatever library reaches the store
-    raise errors.UserError(f"{place} cannot be written: {e}") from e
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -131,7 +109,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
 def export(
   cfg: config_lib.Config,
   workdir: pathlib.Path,
-  output: pathlib.Path,
+  output: places.Path,
   *,
   step: int | None = None,
   dtype: str = "bfloat16",
@@ -162,36 +140,31 @@ def export(
   policy = model.Policy(build.shapes(cfg, host), adapters=cfg.lora)
   loaded = parameters.load_policy(cfg, workdir, policy, mesh, step)
   params = policy.merged(loaded.params)
-  unfinished = output.with_name(f".{output.name}.unfinished")
-  shutil.rmtree(unfinished, ignore_errors=True)
-  try:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    weights.export(params, policy.config, unfinished, dtype=dtype)
-    if source is not None:
-      _keep_fields(source, unfinished, dtype)
+  with tempfile.TemporaryDirectory(prefix="roc_export_") as scratch:
+    side = pathlib.Path(scratch)
     if host is not None:
-      _write_tokenizer(host, unfinished)
+      _write_tokenizer(host, side)
     elif source is not None:
-      _copy_tokenizer(source, unfinished)
-    unfinished.rename(output)
-  except OSError as e:
-    raise errors.UserError(f"{output} cannot be written: {e.strerror}") from e
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
+      _copy_tokenizer(source, side)
+    weights.export(
+      params,
+      policy.config,
+      output,
+      dtype=dtype,
+      fields=None if source is None else _published_fields(source, dtype),
+      side_files=sorted(side.iterdir()),
+    )
   return loaded.name
 
 
-def _keep_fields(
-  source: pathlib.Path, folder: pathlib.Path, dtype: str
-) -> None:
+def _published_fields(source: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Config of the published model: it says more than we need, such as lengths.
 
   transformers 5 calls the field of the type `dtype`, older ones `torch_dtype`.
   """
-  path = folder / families.CONFIG_FILE
   fields = json.loads((source / families.CONFIG_FILE).read_text("utf-8"))
   key = "dtype" if "dtype" in fields else "torch_dtype"
-  path.write_text(json.dumps(fields | {key: dtype}, indent=2) + "\n")
+  return fields | {key: dtype}
 
 
 def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:

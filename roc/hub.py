@@ -126,6 +126,11 @@ def _download(
       " connect (HF_HUB_OFFLINE must be unset), or name a folder"
     ) from None
   except Exception as e:  # the transport's own kinds, a full disk
+    if getattr(getattr(e, "response", None), "status_code", 0) in (401, 403):
+      raise errors.UserError(
+        f"the hub does not give {shown} to this token, or to none; check"
+        " HF_TOKEN"
+      ) from e
     first = (str(e).strip().splitlines() or [type(e).__name__])[0]
     raise errors.UserError(
       f"{shown} cannot be downloaded ({first}); run the same command again to"

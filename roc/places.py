@@ -118,6 +118,26 @@ def local(path: Path) -> Generator[pathlib.Path, None, None]:
     yield copy
 
 
+@contextlib.contextmanager
+def made_here(path: Path) -> Generator[pathlib.Path, None, None]:
+  """Where to write a file that is to be at `path` when the block ends."""
+  if isinstance(path, pathlib.Path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix="roc_") as scratch:
+    made = pathlib.Path(scratch) / path.name
+    yield made
+    copy_file(made, path)
+
+
+def remove(directory: Path) -> None:
+  """Deletes a directory and what is in it, if it is there."""
+  if isinstance(directory, pathlib.Path):
+    shutil.rmtree(directory, ignore_errors=True)
+  elif directory.exists():
+    directory.rmtree()
+
+
 def copy_file(source: Path, target: Path) -> None:
   """Copies the bytes of a file, some at a time."""
   with source.open("rb") as read, target.open("wb") as write:

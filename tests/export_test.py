@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from experiments import quickstart
-from roc import build, config, errors, export, main, pretrained
+from roc import build, config, main, pretrained
 from roc.device import checkpoint, families, model, sharding, weights
 from roc.host import pretrained as tokenizers_lib
 
@@ -105,19 +104,6 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, capsys):
   flags = f"--workdir={tmp_path}/run", f"--output={out}", "--dtype=float32"
   assert run(capsys, *flags)[0] == 0
   assert_same(load(out), params)
-
-
-def test_an_object_store_gets_the_whole_folder(quick, tmp_path):
-  """Copied file by file, config.json last."""
-  cfg = config.resolve(quickstart.get_config("tiny"))
-  export.export(cfg, quick[0], tmp_path / "model", dtype="float32")
-  place = epath.Path(tmp_path / "store" / "deep")
-  export.upload(tmp_path / "model", place)
-  names = lambda path: {p.name: p.stat().st_size for p in path.iterdir()}
-  assert names(tmp_path / "store" / "deep") == names(tmp_path / "model")
-  (tmp_path / "file").write_text("")
-  with pytest.raises(errors.UserError, match="file/x cannot be written"):
-    export.upload(tmp_path / "model", epath.Path(tmp_path / "file" / "x"))
 
 
 def test_a_published_model_keeps_its_files(qwen3, tmp_path, capsys):

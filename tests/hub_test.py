@@ -57,6 +57,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for name, body in FILES.items()
       ]
       return self._send(json.dumps(tree).encode(), is_head)
+    if path.startswith("/api/models/org/private"):
+      return self._refuse(401, "")
     if path.startswith("/api/models/org/gated"):
       return self._refuse(403, "GatedRepo")
     if path.startswith("/org/name/resolve/"):
@@ -215,6 +217,9 @@ def test_what_broke_off_goes_on(served, fetch):
 
 def test_what_cannot_be_had(served, fetch):
   assert "the hub has no model org/other" in fetch("org/other", served)
+  said = fetch("org/private", served)
+  assert "does not give org/private to this token" in said
+  assert "check HF_TOKEN" in said
   assert "org/gated is gated: accept" in fetch("org/gated", served)
   said = fetch("org/name", served, HF_HUB_OFFLINE="1")
   assert "is not in the hub's cache" in said

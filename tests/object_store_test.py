@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from experiments import quickstart
-from roc import build, config, errors, main, parameters, places, sft, train
+from roc import (
+  build,
+  config,
+  errors,
+  hub,
+  main,
+  parameters,
+  places,
+  pretrained,
+  sft,
+  train,
+)
 from roc.device import checkpoint, families, model, sharding, weights
 from tests import stores
 
@@ -202,3 +213,90 @@ def test_bad_folders_of_a_store(store):
   store.delete(key)
   with pytest.raises(errors.UserError, match="x holds neither model.safe"):
     load(place)
+
+
+def order_of(store, prefix):
+  keys = [key for key in store.objects if key.startswith(prefix)]
+  names = sorted(keys, key=lambda key: store.generations[key])
+  return [name.rpartition("/")[2] for name in names]
+
+
+def test_weights_are_written_to_a_store(store, tmp_path):
+  """config.json, without which it is no model, last."""
+  policy = model.Policy(families.read(MODELS / "qwen3"))
+  want = load(MODELS / "qwen3")
+  place = "gs://bucket/models/x"
+  options = {"dtype": "float32", "shard_bytes": 40_000}
+  weights.export(want, policy.config, place, **options)
+  names = order_of(store, "bucket/models/x/")
+  n = len(names) - 2
+  assert names == [
+    *(f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)),
+    *("model.safetensors.index.json", "config.json"),
+  ]
+  same(load(place), want)
+  with pytest.raises(errors.UserError, match="gs://bucket/models/x exists"):
+    weights.export(want, policy.config, place)
+  store.fail_after = n
+  with pytest.raises(errors.UserError, match="models/y cannot be written"):
+    weights.export(want, policy.config, "gs://bucket/models/y", **options)
+  assert order_of(store, "bucket/models/y/") == []
+
+
+@pytest.fixture
+def run_of_qwen3(store, tmp_path):
+  """A run of a published model, its checkpoint in the store."""
+  c = config.default_config()
+  c.pretrained = "experiments/tiny_qwen3"
+  c.checkpoint.directory = STORE
+  cfg = pretrained.settle(config.resolve(c))
+  policy = build.make_policy(cfg, build.host_parts(cfg))
+  draw = lambda x: np.random.default_rng(x.size).normal(size=x.shape)
+  params = jax.tree.map(
+    lambda x: jax.numpy.asarray(draw(x), x.dtype), policy.abstract_params
+  )
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text(config.to_json(cfg))
+  build.checkpoints(cfg, tmp_path / "run").save(3, {"params": params}, {})
+  return tmp_path / "run", params
+
+
+def test_from_a_store_to_a_store(store, run_of_qwen3, capsys):
+  """Exported, then the model of a run, of `score` and of `parse`."""
+  workdir, params = run_of_qwen3
+  place = "gs://bucket/models/mine"
+  flags = f"--workdir={workdir}", f"--output={place}", "--dtype=float32"
+  assert main.main(["export", *flags, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["output"] == place and found["checkpoint"].startswith("step 3")
+  prefix = "bucket/models/mine/"
+  sizes = [len(v) for k, v in store.objects.items() if k.startswith(prefix)]
+  assert found["bytes"] == sum(sizes)
+  assert order_of(store, prefix)[-1] == "config.json"
+
+  c = config.default_config()
+  c.pretrained = place
+  cfg = pretrained.settle(config.resolve(c))
+  host = build.host_parts(cfg)
+  policy = build.make_policy(cfg, host)
+  mesh = build.make_mesh(cfg)
+  same(parameters.first_params(cfg, policy, mesh), params)
+  c.pretrained, c.init_from = "experiments/tiny_qwen3", place
+  cfg = pretrained.settle(config.resolve(c))
+  same(parameters.first_params(cfg, policy, mesh), params)
+
+  ids = workdir.parent / "ids.jsonl"
+  ids.write_text('{"ids": [1, 5, 9, 2]}\n')
+  capsys.readouterr()
+  both = []
+  for folder in (place, "gs://bucket/models/none"):
+    flags = ["score", f"--model={folder}", f"--input={ids}", "--json"]
+    both.append((main.main(flags), capsys.readouterr()))
+  assert [code for code, _ in both] == [0, 2]
+  assert len(json.loads(both[0][1].out)["logprobs"]) == 4
+  assert "models/none/config.json cannot be read" in both[1][1].err
+  flags = ["generate", f"--model={place}", "--ids=1,5", "--max_tokens=3"]
+  assert main.main([*flags, "--json"]) == 0
+  assert json.loads(capsys.readouterr().out)["ids"]
+  with pytest.raises(errors.UserError, match="models/none does not exist"):
+    hub.fetch("gs://bucket/models/none")

@@ -8,8 +8,6 @@ object store, which keeps checksums of its own, sizes are all that is recorded.
 
 import json
 import os
-import pathlib
-import shutil
 import zlib
 from typing import Any
 
@@ -89,10 +87,7 @@ def fingerprint(directory: places.Path) -> str:
 def remove(directory: places.Path) -> None:
   """Deletes `directory`, manifest first: half a deletion never looks whole."""
   (directory / NAME).unlink(missing_ok=True)
-  if isinstance(directory, pathlib.Path):
-    shutil.rmtree(directory, ignore_errors=True)
-  elif directory.exists():
-    directory.rmtree()
+  places.remove(directory)
 
 
 def sync(directory: places.Path) -> None:

@@ -7,13 +7,14 @@ converts it as it puts it into place. So the host never holds more than one
 tensor, however large the model.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from roc.device import model as model_lib
 
 SINGLE_FILE = tensor_files.SINGLE_FILE
 INDEX_FILE = tensor_files.INDEX_FILE
-_SHARD_BYTES = 4 << 30
+_SHARD_BYTES = 2 << 30
 _N_NAMED = 5  # names in a message
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold it
 
@@ -220,12 +221,18 @@ def _error(
 def export(
   params: model_lib.Params,
   config: model_lib.ModelConfig,
-  folder: str | pathlib.Path,
+  folder: str | places.Path,
   *,
   dtype: str = "bfloat16",
   shard_bytes: int = _SHARD_BYTES,
+  fields: Mapping[str, Any] | None = None,
+  side_files: Sequence[pathlib.Path] = (),
 ) -> None:
   """Writes a folder that `load`, transformers and others read.
+
+  It gets its name when it is whole. In an object store, where nothing can be
+  renamed, config.json, without which it is none, is written last; one file at a
+  time is made on this machine first.
 
   Args:
     params: as from `Policy.init`.
@@ -233,74 +240,73 @@ def export(
     folder: that must not exist yet.
     dtype: float32, float16 or bfloat16.
     shard_bytes: most bytes of a file.
+    fields: all of config.json, where it is not to be ours.
+    side_files: such as a tokenizer, that are copied into it.
 
   Raises:
     errors.UserError: the folder exists, or cannot be written; nothing of it is
       left behind.
   """
-  folder = pathlib.Path(folder)
-  partial = folder.with_name(folder.name + ".partial")
-  if folder.exists():
-    raise errors.UserError(f"{folder} exists; name a new folder")
-  try:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    fields = families.to_fields(config, dtype)
-    text = json.dumps(fields, indent=2) + "\n"
-    (partial / families.CONFIG_FILE).write_text(text, encoding="utf-8")
-    _write_shards(partial, _tensors(params, dtype), shard_bytes)
-    partial.rename(folder)
-  except OSError as e:
-    shutil.rmtree(partial, ignore_errors=True)
-    raise errors.UserError(f"{folder} cannot be written: {e.strerror}") from e
-
-
-def _tensors(
-  params: model_lib.Params, dtype: str
-) -> Iterator[tuple[str, np.ndarray]]:
-  """One tensor after the other, each fetched when its turn comes."""
-  for path, x in jax.tree_util.tree_leaves_with_path(params):
-    leaf = Leaf(sharding.path_name(path), x.shape)
-    for i, name in enumerate(leaf.names):
-      tensor = np.asarray(x[i] if leaf.is_stacked else x, jnp.dtype(dtype))
-      tensor = tensor.T if leaf.is_transposed else tensor
-      yield name, np.ascontiguousarray(tensor)
+  folder = places.as_path(folder)
+  with places.reaching(folder, "written"):
+    if folder.exists():
+      raise errors.UserError(f"{folder} exists; name a new folder")
+    partial = folder
+    if isinstance(folder, pathlib.Path):
+      partial = folder.with_name(f".{folder.name}.unfinished")
+    try:
+      places.remove(partial)
+      partial.mkdir(parents=True)
+      _write_shards(partial, params, dtype, shard_bytes)
+      for path in side_files:
+        places.copy_file(path, partial / path.name)
+      fields = families.to_fields(config, dtype) if fields is None else fields
+      text = json.dumps(dict(fields), indent=2)
+      (partial / families.CONFIG_FILE).write_text(text + "\n")
+      if isinstance(partial, pathlib.Path):
+        partial.rename(folder)
+    except BaseException as e:
+      with contextlib.suppress(Exception):
+        places.remove(partial)
+      if isinstance(e, OSError) and not places.is_remote(folder):
+        raise errors.UserError(
+          f"{folder} cannot be written: {e.strerror}"
+        ) from e
+      raise
 
 
 def _write_shards(
-  folder: pathlib.Path,
-  tensors: Iterator[tuple[str, np.ndarray]],
-  shard_bytes: int,
+  folder: places.Path, params: model_lib.Params, dtype: str, shard_bytes: int
 ) -> None:
-  shards: list[list[str]] = []
-  held: dict[str, np.ndarray] = {}
+  """The files of the weights, and an index if there are several."""
+  item = jnp.dtype(dtype).itemsize
+  shards: list[list[tuple[str, Leaf, Any, int]]] = [[]]
   n_held = n_all = 0
-
-  def flush() -> None:
-    name = f"part-{len(shards):05}.safetensors"
-    _save(held, folder / name)
-    shards.append(list(held))
-    held.clear()
-
-  for name, tensor in tensors:
-    if held and n_held + tensor.nbytes > shard_bytes:
-      flush()
-      n_held = 0
-    held[name] = tensor
-    n_held += tensor.nbytes
-    n_all += tensor.nbytes
-  flush()
-  if len(shards) == 1:
-    (folder / "part-00000.safetensors").rename(folder / SINGLE_FILE)
-    return
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    leaf = Leaf(sharding.path_name(path), x.shape)
+    for i, name in enumerate(leaf.names):
+      n_bytes = math.prod(leaf.tensor_shape) * item
+      if shards[-1] and n_held + n_bytes > shard_bytes:
+        shards.append([])
+        n_held = 0
+      shards[-1].append((name, leaf, x, i))
+      n_held += n_bytes
+      n_all += n_bytes
   weight_map = {}
-  for i, names in enumerate(shards):
-    final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-    (folder / f"part-{i:05}.safetensors").rename(folder / final)
-    weight_map |= dict.fromkeys(names, final)
-  index = {"metadata": {"total_size": n_all}, "weight_map": weight_map}
-  (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+  for i, shard in enumerate(shards, 1):
+    file = SINGLE_FILE
+    if len(shards) > 1:
+      file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+    tensors = {name: _fetch(leaf, x, j, dtype) for name, leaf, x, j in shard}
+    with places.made_here(folder / file) as path:
+      safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, file)
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": n_all}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _save(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
-  safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+def _fetch(leaf: Leaf, x: Any, i: int, dtype: str) -> np.ndarray:
+  """A tensor from its devices, as files have it."""
+  tensor = np.asarray(x[i] if leaf.is_stacked else x, jnp.dtype(dtype))
+  return np.ascontiguousarray(tensor.T if leaf.is_transposed else tensor)
