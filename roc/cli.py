@@ -31,7 +31,15 @@ Source = Literal["needed", "saved", "none"]
 
 
 class Parser(argparse.ArgumentParser):
-  """Of commands that read their own flags; one sentence per mistake."""
+  """Of commands that read their own flags; one sentence per mistake.
+
+  A word with one dash before it is a value: `--answer -x+1`.
+  """
+
+  def __init__(self, *args: typing.Any, **options: typing.Any):
+    super().__init__(*args, **options)
+    # What argparse takes for a negative number, and so for no flag.
+    self._negative_number_matcher = re.compile("-[^-]")
 
   def error(self, message: str) -> typing.NoReturn:
     raise errors.UserError(f"{self.prog.split()[-1]}: {message}")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
       print(json.dumps(one), flush=True)
     else:
       heading = f"--- {i + 1} of {values.n}\n" if values.n > 1 else ""
-      print(f"{heading}{one.get('text', one['ids'])}", flush=True)
+      lines.show(f"{heading}{one.get('text', one['ids'])}")
   return 0
 
 
@@ -159,7 +159,7 @@ def make_sampler(values: argparse.Namespace, asked: _Asked) -> engine.Engine:
 def _without(
   values: argparse.Namespace, sampler: engine.Engine, asked: _Asked
 ) -> Iterator[dict[str, Any]]:
-  """One turn for each sample, in order."""
+  """One turn for each sample, in order, as soon as it is written."""
   key_B2 = np.asarray(
     sampling.rollout_keys(
       values.seed, 0, jnp.zeros(values.n, jnp.int32), jnp.arange(values.n)
@@ -169,6 +169,7 @@ def _without(
     [engine.Request(asked.ids, key, values.max_tokens) for key in key_B2]
   )
   drawn: dict[int, list[int]] = {handle: [] for handle in handles}
+  finished = set()
   while chunks := sampler.decode():
     for handle, chunk in chunks.items():
       drawn[handle] += chunk.tokens
@@ -178,13 +179,22 @@ def _without(
         )
       if chunk.is_stopped:
         sampler.release([handle])
-  for out in drawn.values():
-    is_ended = bool(out) and out[-1] in asked.stop_ids
-    found = {"ids": out, "stop": "end of turn" if is_ended else "max tokens"}
-    if asked.tokenizer is not None:
-      text = asked.tokenizer.decode(out[:-1] if is_ended else out)
-      found = {"text": text} | found
-    yield found
+        finished.add(handle)
+    while handles and handles[0] in finished:
+      yield _turn(drawn.pop(handles.pop(0)), asked)
+
+
+def _turn(ids: list[int], asked: _Asked) -> dict[str, Any]:
+  is_ended = bool(ids) and ids[-1] in asked.stop_ids
+  shown = ids[:-1] if is_ended else ids
+  text = asked.tokenizer.decode(shown) if asked.tokenizer else None
+  if asked.chat is not None and text is not None and not is_ended:
+    # An end that is spelt out, as it is no token of the vocabulary.
+    is_ended = asked.chat.is_whole(ids)
+    end = asked.chat.tokenizer.decode(asked.chat.turn_end_ids)
+    text = text.partition(end)[0] if is_ended else text
+  found = {"ids": ids, "stop": "end of turn" if is_ended else "max tokens"}
+  return found if text is None else {"text": text} | found
 
 
 def _with_tool(
@@ -278,7 +288,15 @@ def make_parser() -> argparse.ArgumentParser:
   )
   add("--max_turns", type=int, default=8, help="of the model with a tool; 8")
   add("--max_tokens", type=int, default=512, help="behind the prompt; 512")
-  add("--temperature", type=float, default=0.0, help="0, the likeliest token")
+  how = parser.add_mutually_exclusive_group()
+  how.add_argument(
+    "--greedy",
+    action="store_true",
+    help="the likeliest token each time; so it is without --temperature",
+  )
+  how.add_argument(
+    "--temperature", type=float, default=0.0, help="above 0: draw; 0"
+  )
   add("--top_k", type=int, default=0, help="keep the k likeliest; 0: all")
   add("--top_p", type=float, default=1.0, help="keep the likeliest up to; 1")
   add("--n", type=int, default=1, help="samples; 1")

@@ -18,6 +18,11 @@ class Line(NamedTuple):
   fields: dict[str, Any]
 
 
+def show(text: str) -> None:
+  """Prints text for people; half a surrogate pair shows as an escape."""
+  print(text.encode("utf-8", "backslashreplace").decode("utf-8"), flush=True)
+
+
 def shown(name: str) -> str:
   """The name of an input, for people."""
   return "standard input" if name == STDIN else name
@@ -33,9 +38,10 @@ def read_text(name: str) -> str:
     errors.UserError: it cannot be read, or is not UTF-8.
   """
   try:
+    # The locale says nothing about what a file or a pipe holds.
     if name == STDIN:
-      return sys.stdin.read()
-    return pathlib.Path(name).read_text(encoding="utf-8")
+      return sys.stdin.buffer.read().decode("utf-8-sig")
+    return pathlib.Path(name).read_bytes().decode("utf-8-sig")
   except (OSError, UnicodeDecodeError) as e:
     reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
     raise errors.UserError(f"{shown(name)} cannot be read: {reason}") from e

@@ -173,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except KeyboardInterrupt:
+    if argv[0] in COMMANDS and COMMANDS[argv[0]].config == "own":
+      print("\ninterrupted", file=sys.stderr)
+      return 130
     again = shlex.join(["python", "-m", "roc.main", *argv])
     print(
       "\ninterrupted; to go on from the last checkpoint, run the same command"

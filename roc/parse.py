@@ -38,12 +38,12 @@ def main(argv: Sequence[str]) -> int:
   if values.json:
     print(json.dumps(found))
     return 0
-  print(f"content: {found['content']}")
+  lines.show(f"content: {found['content']}")
   for call in found["calls"]:
     if "rejected" in call:
-      print(f"rejected: {call['rejected']}")
+      lines.show(f"rejected: {call['rejected']}")
     else:
-      print(f"call: {call['name']} {json.dumps(call['arguments'])}")
+      lines.show(f"call: {call['name']} {json.dumps(call['arguments'])}")
   return 0
 
 

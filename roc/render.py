@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if values.json:
       print(json.dumps({"text": text, "ids": ids}), flush=True)
     else:
-      print(f"{text}\n\n({len(ids)} tokens)", flush=True)
+      lines.show(f"{text}\n\n({len(ids)} tokens)")
   return 0
 
 

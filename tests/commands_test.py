@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from roc import generate, main, scripted
-from roc.device import model, weights
+from roc.device import engine, model, weights
 from roc.host import pretrained, template_chat
 from roc.host import tokenizer as tokenizer_lib
 
@@ -19,6 +19,8 @@ TINY = ROOT / "experiments" / "tiny_qwen3"
 MODELS = ROOT / "tests" / "golden" / "models"
 CALL = '{"name": "python", "arguments": {"code": "print(1)"}}'
 CALL = f"<tool_call>{CALL}</tool_call>"
+CALLED = {"name": "python", "arguments": {"code": "print(1)"}}
+BAD = {"rejected": "bad JSON: 1e999"}
 TEMPLATE = (
   "{%- for m in messages -%}"
   "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
@@ -38,10 +40,29 @@ def _loaded_once():
     yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+  """Engines of the same settings are one, as compiling them takes long."""
+  made = {}
+  make_sampler = generate.make_sampler
+
+  def reuse(values, asked):
+    names = ("model", "n", "max_tokens", "temperature", "top_k", "top_p")
+    key = (*(getattr(values, name) for name in names), tuple(asked.stop_ids))
+    if key not in made:
+      made[key] = make_sampler(values, asked)
+    return made[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(generate, "make_sampler", reuse)
+    yield
+
+
 @pytest.fixture
 def run(capsys, monkeypatch):
   def run(*argv, text=""):
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    given = io.BytesIO(text if isinstance(text, bytes) else text.encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given))
     code = main.main([str(a) for a in argv])
     out, err = capsys.readouterr()
     return code, out, err
@@ -90,6 +111,15 @@ def test_render(as_json, tmp_path):
   )
   found = as_json("render", "--model", TINY, "--input", path)
   assert found == [{"text": c["text"], "ids": c["ids"]} for c in cases]
+
+
+def test_any_name_may_be_a_variable_and_any_text_content(as_json, run):
+  row = '{"messages": [{"role": "user", "content": "\\ud800 \\ufdd0 x"}], '
+  row = (row + '"self": 1, "template": "x"}').encode("utf-8-sig")
+  (found,) = as_json("render", "--model", TINY, text=row)
+  assert found["text"] == "<|im_start|>user\n\ud800 \ufdd0 x<|im_end|>\n"
+  code, out, _ = run("render", "--model", TINY, text=row)
+  assert code == 0 and "user\n\\ud800 \ufdd0 x" in out
 
 
 def test_render_for_people_and_with_another_template(run):
@@ -164,6 +194,11 @@ def test_folders_that_cannot_render(refused, tmp_path):
     ),
     ("a <tool_call>{", {"content": "a", "calls": [{"rejected": "unclosed"}]}),
     ("", {"content": "", "calls": []}),
+    (f"Hi {CALL}<|im_end|>\n", {"content": "Hi", "calls": [CALLED]}),
+    (
+      CALL.replace('"print(1)"', "NaN") + CALL.replace('"print(1)"', "1e999"),
+      {"content": "", "calls": [{"rejected": "bad JSON: NaN"}] + [BAD]},
+    ),
     ("é 数 \U0001f600", {"content": "é 数 \U0001f600", "calls": []}),
   ],
 )
@@ -203,10 +238,11 @@ def test_parse_for_one_tool(as_json, run, refused):
     ("", "3", None, "bad_gold"),
     ("3", "", False, "ok"),
     ("3", "\u202e3\x00", False, "ok"),
+    ("-x+1", "1-x", True, "ok"),
   ],
 )
 def test_verify(as_json, gold, answer, correct, status):
-  (found,) = as_json("verify", f"--gold={gold}", f"--answer={answer}")
+  (found,) = as_json("verify", "--gold", gold, "--answer", answer)
   assert (found["correct"], found["status"]) == (correct, status)
   assert found["reason"] and set(found) == {"correct", "status", "reason"}
 
@@ -246,13 +282,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama"])
 def test_greedy_ids_are_the_reference_s(as_json, name):
   golden = np.load(MODELS / name / "golden.npz")
-  n = int(golden["length"][0])
-  ids = ",".join(map(str, golden["right_ids"][0][:n]))
-  (found,) = as_json(
-    *("generate", "--model", MODELS / name, "--ids", ids, "--max_tokens=24")
-  )
-  assert found["ids"] == golden["greedy"][0].tolist()
-  assert "text" not in found
+  flags = ("generate", "--model", MODELS / name, "--greedy", "--max_tokens=24")
+  assert len(golden["length"]) == 3
+  for i, n in enumerate(golden["length"]):
+    ids = ",".join(map(str, golden["right_ids"][i][:n]))
+    (found,) = as_json(*flags, "--ids", ids)
+    assert found["ids"] == golden["greedy"][i].tolist()
+    assert "text" not in found
 
 
 @pytest.mark.slow
@@ -304,6 +340,7 @@ def test_what_cannot_be_generated(refused, folder, tmp_path):
   flags = ("generate", "--model", folder, "--prompt=x")
   for flag, said in (
     ("--temperature=-1", "--temperature must be at least 0"),
+    ("--greedy --temperature=1", "not allowed with argument --greedy"),
     ("--top_p=0", "--top_p must be above 0"),
     ("--max_tokens=0", "--max_tokens must be at least 1"),
     ("--n=0", "--n must be at least 1"),
@@ -313,7 +350,7 @@ def test_what_cannot_be_generated(refused, folder, tmp_path):
     ("--ids=99999", "--ids must be numbers from 0 to"),
     ("--prompt=", "the prompt is empty"),
   ):
-    assert said in refused(*flags, flag)
+    assert said in refused(*flags, *flag.split())
   assert "leave out one" in refused(*flags, "--raw", "--tool=python")
   assert "no tokenizer" in refused(
     "generate", "--model", MODELS / "qwen3", "--prompt=x"
@@ -335,3 +372,38 @@ def test_help_of_each_names_its_flags(run):
     with pytest.raises(SystemExit) as done:
       run(name, "--help")
     assert done.value.code == 0
+
+
+def test_samples_come_as_they_are_written(folder, monkeypatch):
+  """The first is there while the engine still draws the second."""
+  flags = ["--model", str(folder), "--prompt=1?", "--n=2", "--max_tokens=20"]
+  values = generate.make_parser().parse_args(flags)
+  asked = generate._read_prompt(values)
+  n_left = []
+
+  class Sampler:
+    def submit(self, requests):
+      return list(range(len(requests)))
+
+    def decode(self):
+      n_left.append(2 - len(n_left))
+      end = engine.Drawn([asked.stop_ids[0]], [0.0], [0.0], True)
+      more = engine.Drawn([5], [0.0], [0.0], False)
+      return ({0: end, 1: more}, {1: end}, {})[len(n_left) - 1]
+
+    def release(self, handles):
+      pass
+
+  found = generate._without(values, Sampler(), asked)
+  assert next(found)["ids"] == [asked.stop_ids[0]] and len(n_left) == 1
+  assert next(found)["ids"] == [5, asked.stop_ids[0]] and len(n_left) == 2
+  assert list(found) == []
+
+
+def test_an_interrupt_is_a_word(run, monkeypatch):
+  def interrupt(argv):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("roc.parse.main", interrupt)
+  code, out, err = run("parse")
+  assert (code, out, err.strip()) == (130, "", "interrupted")

@@ -56,7 +56,8 @@ def test_for_people(tmp_path, capsys):
 
 
 def test_standard_input(monkeypatch, capsys):
-  monkeypatch.setattr("sys.stdin", io.StringIO('{"ids": [1, 2]}\n'))
+  given = io.BytesIO(b'{"ids": [1, 2]}\n')
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(given))
   assert main.main(["score", f"--model={MODELS / 'llama'}", "--json"]) == 0
   assert len(json.loads(capsys.readouterr().out)["logprobs"]) == 2
 

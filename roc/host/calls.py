@@ -30,6 +30,7 @@ Policy, one row a case (`tests/host/calls_test.py` holds the same table):
 import dataclasses
 import itertools
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ class ParsedTurn:
     calls: calls in the order written, malformed ones included.
     answers: content of `\boxed{}` of each well-formed answer, in order.
     is_void: the turn holds neither a closed call nor an answer.
-    content: its text without the calls.
+    content: its text without the calls and without what ends the turn.
   """
 
   calls: tuple[ToolCall, ...]
@@ -207,8 +208,16 @@ def _parse(
     calls=tuple(found),
     answers=tuple(answers),
     is_void=not n_closed and not answers,
-    content="".join(content).strip(),
+    content=_before_end("".join(content)).strip(),
   )
+
+
+def _before_end(text: str) -> str:
+  """Text without the tags that end a turn."""
+  ends = (tokenizer_lib.TURN_END, tokenizer_lib.END_OF_TEXT)
+  while (short := text.rstrip()).endswith(ends):
+    text = short[: short.rindex("<|")]
+  return text
 
 
 class _End(NamedTuple):
@@ -257,9 +266,26 @@ def _text(pieces: Sequence[_Piece]) -> str:
   return "".join(piece.text for piece in pieces)
 
 
+def _read_json(text: str) -> Any:
+  """Reads JSON, which has no NaN and no infinite numbers.
+
+  Raises:
+    ValueError, RecursionError: it is none.
+  """
+  return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+
+
+def _no_number(text: str) -> float:
+  raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+  return float(text) if math.isfinite(float(text)) else _no_number(text)
+
+
 def _is_json(text: str) -> bool:
   try:
-    json.loads(text)
+    _read_json(text)
   except (ValueError, RecursionError):
     return False
   return True
@@ -277,12 +303,12 @@ def read_call(raw: str, tool: ToolSpec | None = PYTHON) -> ToolCall:
     The call; `error` says what is wrong with it, if anything is.
   """
   try:
-    body = json.loads(raw)
+    body = _read_json(raw)
     if not isinstance(body, dict):
       raise ValueError("the call must be a JSON object")
     arguments = body.get("arguments", {})
     if isinstance(arguments, str):
-      arguments = json.loads(arguments)
+      arguments = _read_json(arguments)
   # Deep nesting exhausts the parser's stack: the model's fault too.
   except (ValueError, RecursionError) as error:
     return _rejected(raw, "bad JSON", str(error))

@@ -19,8 +19,8 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 
+from roc.host import bounded_jinja
 from roc.host import chat as chat_lib
 from roc.host import tokenizer as tokenizer_lib
 
@@ -57,12 +57,15 @@ class ChatTemplate:
     # The system text is the same in every prompt, and long.
     self._encode = functools.lru_cache(maxsize=64)(tokenizer.encode)
     try:
-      self._template = _environment().from_string(text)
+      self._template = _environment().template(text)
     except jinja2.TemplateSyntaxError as e:
       raise ValueError(f"{name} line {e.lineno}: {e.message}") from e
+    except (RecursionError, SyntaxError, MemoryError) as e:
+      raise ValueError(f"{name} is nested too deeply to be read") from e
 
   def render(
     self,
+    /,  # a variable of the template may be named so
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     **arguments: Any,
@@ -94,6 +97,7 @@ class ChatTemplate:
 
   def text(
     self,
+    /,  # a variable of the template may be named so
     messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
     **arguments: Any,
@@ -114,15 +118,18 @@ class ChatTemplate:
       **self.tokenizer.published.named_tokens,
       "add_generation_prompt": False,
       **arguments,
+      "messages": self._guard(messages, mark),
+      "tools": list(tools) or None,
     }
     try:
-      text = self._template.render(
-        **variables,
-        messages=self._guard(messages, mark),
-        tools=list(tools) or None,
-      )
+      text = bounded_jinja.render(self._template, variables)
     except Exception as e:  # whatever a template's expressions raise
-      raise ValueError(f"{self._name} cannot render the messages: {e}") from e
+      reason = str(e) or type(e).__name__
+      if "strftime_now" in reason:
+        reason += ": prompts here do not change with the calendar"
+      raise ValueError(
+        f"{self._name} cannot render the messages: {reason}"
+      ) from e
     return text, mark
 
   def _guard(self, messages: Sequence[Message], mark: str) -> list[Any]:
@@ -189,8 +196,8 @@ class _Generation(jinja2.ext.Extension):
     return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> jinja2.Environment:
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _environment() -> bounded_jinja.Environment:
+  environment = bounded_jinja.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     extensions=[_Generation, jinja2.ext.loopcontrols],

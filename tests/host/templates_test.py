@@ -78,9 +78,17 @@ def test_a_model_s_own_tags_are_tokens_and_no_others(qwen3, made):
     ("{{ cycler.__init__.__globals__.os.system('id') }}", "unsafe|undefined"),
     ("{% for i in range(10 ** 9) %}x{% endfor %}", "[Rr]ange"),
     ("{{ messages.append(1) }}", "unsafe|not safely|immutable"),
-    ("{{ strftime_now('%Y') }}", "undefined"),
+    ("{{ strftime_now('%Y') }}", "undefined: .* calendar"),
     ("{% include '/etc/passwd' %}", "no loader"),
     ("{{ 1 / 0 }}", "division"),
+    (
+      "{% for i in range(9999) %}{% for j in range(9999) %}"
+      "{% endfor %}{% endfor %}",
+      "loops more than 200,000 times",
+    ),
+    ("{{ 'x' * 10 ** 10 }}", "something of size 10,000,000,000"),
+    ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nested too deeply"),
+    ("{{ messages[0].content | random }}", "No filter named 'random'"),
   ],
 )
 def test_hostile_templates_are_a_sentence(qwen3, text, said):
