@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,10 +83,12 @@ def _read_prompt(values: argparse.Namespace) -> _Asked:
     raise errors.UserError("the prompt is empty; give --prompt or an input")
   try:
     tokenizer = pretrained.load_tokenizer(values.model)
-    if values.raw:
-      ids = tokenizer.encode_trusted(prompt)
-      eos_ids = tokenizer.published.eos_ids
-      return _Asked(prompt, ids, eos_ids, tokenizer, None)
+  except ValueError as e:
+    raise errors.UserError(str(e)) from e
+  if values.raw:
+    ids = tokenizer.encode_trusted(prompt)
+    return _Asked(prompt, ids, tokenizer.published.eos_ids, tokenizer, None)
+  try:
     chat = template_chat.TemplateChat(
       tokenizer,
       tools=[schema_of(values.tool)] if values.tool else [],
@@ -93,8 +96,9 @@ def _read_prompt(values: argparse.Namespace) -> _Asked:
       system=values.system,
     )
   except ValueError as e:
-    hint = "" if values.raw else "; --raw goes on from the prompt as it is"
-    raise errors.UserError(f"{values.model}: {e}{hint}") from e
+    raise errors.UserError(
+      f"{values.model}: {e}; --raw goes on from the prompt as it is"
+    ) from e
   ids = chat.prompt_ids(prompt)
   return _Asked(prompt, ids, chat.stop_ids, tokenizer, chat)
 
@@ -104,7 +108,7 @@ def _check(values: argparse.Namespace) -> None:
     ("temperature", values.temperature >= 0, "at least 0"),
     ("top_p", 0 < values.top_p <= 1, "above 0 and at most 1"),
     ("top_k", values.top_k >= 0, "at least 0"),
-    ("max_tokens", values.max_tokens >= 1, "at least 1"),
+    ("max_tokens", 1 <= values.max_tokens <= 2**20, "from 1 to 2**20"),
     ("n", values.n >= 1, "at least 1"),
     ("max_turns", values.max_turns >= 1, "at least 1"),
     ("seed", 0 <= values.seed < 2**32, "from 0 to 2**32 - 1"),
@@ -151,7 +155,15 @@ def make_sampler(values: argparse.Namespace, asked: _Asked) -> engine.Engine:
     max_tokens=values.max_tokens,
   )
   find_stop = asked.chat.find_stop if asked.chat else None
-  made = engine.Engine(policy, settings, asked.stop_ids, find_stop=find_stop)
+  try:
+    made = engine.Engine(policy, settings, asked.stop_ids, find_stop=find_stop)
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise errors.UserError(
+      f"generate: room for {settings.n_slots} times {length:,} tokens is more"
+      " than the memory holds; lower --max_tokens or --n"
+    ) from e
   made.set_params(params)
   return made
 

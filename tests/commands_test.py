@@ -342,7 +342,8 @@ def test_what_cannot_be_generated(refused, folder, tmp_path):
     ("--temperature=-1", "--temperature must be at least 0"),
     ("--greedy --temperature=1", "not allowed with argument --greedy"),
     ("--top_p=0", "--top_p must be above 0"),
-    ("--max_tokens=0", "--max_tokens must be at least 1"),
+    ("--max_tokens=0", "--max_tokens must be from 1 to"),
+    ("--max_tokens=10000000", "--max_tokens must be from 1 to"),
     ("--n=0", "--n must be at least 1"),
     ("--seed=-1", "--seed must be from 0"),
     ("--n=x", "invalid int"),
@@ -398,6 +399,15 @@ def test_samples_come_as_they_are_written(folder, monkeypatch):
   assert next(found)["ids"] == [asked.stop_ids[0]] and len(n_left) == 1
   assert next(found)["ids"] == [5, asked.stop_ids[0]] and len(n_left) == 2
   assert list(found) == []
+
+
+def test_too_little_memory_is_a_sentence(refused, folder, monkeypatch):
+  def full(*args, **options):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+  monkeypatch.setattr(engine, "Engine", full)
+  said = refused("generate", "--model", folder, "--prompt=1?", "--n=7")
+  assert "7 times" in said and "lower --max_tokens or --n" in said
 
 
 def test_an_interrupt_is_a_word(run, monkeypatch):

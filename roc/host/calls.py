@@ -11,7 +11,7 @@ Policy, one row a case (`tests/host/calls_test.py` holds the same table):
                                                        the closing tag at which
                                                        it is JSON
   opened, never closed; opened again before closing    rejected: unclosed
-  body is no JSON object                               rejected: bad JSON
+  body is no JSON object, or holds NaN or Infinity     rejected: bad JSON
   no name, another name                                rejected: unknown tool
   missing, unknown or non-string argument              rejected: bad arguments
   arguments given as a string that holds JSON          accepted

@@ -43,6 +43,16 @@ POLICY = [
   ("<tool_call>print(1)</tool_call>", ["bad JSON"], [], False),
   ('<tool_call>["python"]</tool_call>', ["bad JSON"], [], False),
   (f"<tool_call>{GOOD}}}</tool_call>", ["bad JSON"], [], False),
+  *(
+    (
+      f'<tool_call>{{"name": "python", "arguments": {{"code": {number}}}}}'
+      "</tool_call>",
+      ["bad JSON"],
+      [],
+      False,
+    )
+    for number in ("NaN", "-Infinity", "1e999")
+  ),
   ("<tool_call>" + "[" * 9000 + "</tool_call>", ["bad JSON"], [], False),
   (
     '<tool_call>{"name": "python", "arguments": {"code": "<answer>"}}'
@@ -256,6 +266,8 @@ def test_text_is_read_as_ids_are(tokenizer):
     ('<tool_call>{"name": 3, "arguments": {}}</tool_call>', "", [None]),
     ('<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "", [None]),
     ('x</tool_call>{"name": "f"}', 'x</tool_call>{"name": "f"}', []),
+    ("x <|im_end|>\n<|endoftext|>", "x", []),
+    ("<|im_end|> is how it ends", "<|im_end|> is how it ends", []),
     ('a<tool_call>{"name": "f", "arguments": {}}', "a", [("", {}, "unclosed")]),
   ],
 )
