@@ -213,13 +213,20 @@ def _parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
   Raises:
     ValueError: it cannot be reached by merging, so the file is damaged.
   """
+  none = len(ranks)
   parts = [token[i : i + 1] for i in range(len(token))]
+  pairs = zip(parts, parts[1:], strict=False)
+  found = [ranks.get(a + b, none) for a, b in pairs]  # of neighbours
   while len(parts) > 2:
-    pairs = [a + b for a, b in zip(parts, parts[1:], strict=False)]
-    rank, at = min((ranks.get(p, len(ranks)), i) for i, p in enumerate(pairs))
-    if rank == len(ranks):
+    rank = min(found)
+    if rank == none:
       raise ValueError(f"no merges lead to the token {token!r} of the ranks")
-    parts[at : at + 2] = [pairs[at]]
+    at = found.index(rank)
+    parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    del found[at]
+    for i in (at - 1, at):
+      if 0 <= i < len(found):
+        found[i] = ranks.get(parts[i] + parts[i + 1], none)
   return parts
 
 
