@@ -48,10 +48,10 @@ _spent: contextvars.ContextVar[_Spent] = contextvars.ContextVar("spent")
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   """The sandbox of `jinja2`, with a budget."""
 
-  # What is folded when a template is read is not under the budget.
   intercepted_binops = frozenset({"*", "**", "+"})
 
   def __init__(self, **options: Any):
+    # Constants that are folded when a template is read escape the budget.
     super().__init__(optimized=False, **options)
     del self.globals["lipsum"], self.filters["random"]
 
