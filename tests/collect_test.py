@@ -75,7 +75,7 @@ def policy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory, policy, compiled):
+def drawn(tmp_path_factory, policy):
   """A whole collection, drawn while a training run holds the workdir."""
   path = tmp_path_factory.mktemp("drawn") / "run"
   shutil.copytree(policy, path)
@@ -195,7 +195,7 @@ def test_the_run_itself_is_only_read(finished, nothing_starts):
 
 
 @pytest.mark.slow
-def test_another_step_gives_other_rollouts(workdir, drawn, compiled):
+def test_another_step_gives_other_rollouts(workdir, drawn):
   collect.run(settings(**{"collect.step": 5}), workdir)
   other = workdir / "rollouts" / "collect_eval"
   for name in NAMES:
@@ -209,7 +209,7 @@ def test_another_step_gives_other_rollouts(workdir, drawn, compiled):
 
 
 @pytest.mark.slow
-def test_training_problems_and_a_file_of_problems(workdir, tmp_path, compiled):
+def test_training_problems_and_a_file_of_problems(workdir, tmp_path):
   collect.run(settings(**{"collect.task": "train"}), workdir)
   (first, *_) = episode_lib.read_episodes(
     workdir / "rollouts" / "collect_train" / "train_000001-000002.jsonl"

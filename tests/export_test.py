@@ -106,6 +106,7 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, capsys):
   assert_same(load(out), params)
 
 
+@pytest.mark.slow
 def test_a_published_model_keeps_its_files(qwen3, tmp_path, capsys):
   """And starts the next run: shapes, tokenizer, template, weights."""
   workdir, params = qwen3

@@ -48,6 +48,7 @@ def files(tmp_path):
   return path
 
 
+@pytest.mark.slow
 def test_well_formed_calls_are_learnt(files, tmp_path):
   sft.run(settings(files), tmp_path / "run")
   text = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -60,6 +61,7 @@ def test_well_formed_calls_are_learnt(files, tmp_path):
   assert last[heldout.LOSS] < 0.1 * first[heldout.LOSS]
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_where_nothing_is_held_out(files, tmp_path):
   sft.run(settings(files, heldout=0.0, steps=2), tmp_path / "run")
   assert heldout.LOSS not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -70,16 +70,8 @@ def command(program, workdir, **settings):
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory):
-  """Restarts find what was compiled before."""
-  return {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "PYTHONUNBUFFERED": "1",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
+def env():
+  return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
 
 
 def run_to_its_end(env, argv):
@@ -197,6 +189,7 @@ def assert_same_run(workdir, other):
   assert list((workdir / "checkpoints").glob("unfinished_*")) == []
 
 
+@pytest.mark.slow
 def test_killed_once(env, tmp_path):
   """From fresh weights; killed while the first checkpoint is written."""
   argv = lambda name: command(

@@ -77,9 +77,8 @@ class Killed(BaseException):
   pass
 
 
-def test_a_run_goes_on_on_another_machine(
-  store, compiled, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_machine(store, tmp_path, monkeypatch, capsys):
   """From the store alone: the first machine's workdir is gone."""
   local = settings(**{"checkpoint.directory": ""})
   sft.run(local, tmp_path / "local")
@@ -134,6 +133,7 @@ def local():
   return config.CheckpointConfig()
 
 
+@pytest.mark.slow
 def test_going_on_with_another_configuration(store, tmp_path, capsys):
   flags = [
     *("sft", "--config=experiments/quickstart.py:tiny"),
@@ -157,7 +157,8 @@ def test_a_store_that_cannot_be_written_is_noticed_first(store, tmp_path):
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_another_run_starts_from_the_store(store, compiled, tmp_path):
+@pytest.mark.slow
+def test_another_run_starts_from_the_store(store, tmp_path):
   cfg = settings(**{"sft.steps": 2})
   sft.run(cfg, tmp_path / "run")
   want = final_state(STORE, cfg).state["params"]
@@ -261,6 +262,7 @@ def run_of_qwen3(store, tmp_path):
   return tmp_path / "run", params
 
 
+@pytest.mark.slow
 def test_from_a_store_to_a_store(store, run_of_qwen3, capsys):
   """Exported, then the model of a run, of `score` and of `parse`."""
   workdir, params = run_of_qwen3

@@ -12,6 +12,8 @@ from experiments import quickstart
 from roc import build, config, errors, export, parameters, train
 from roc.device import checkpoint, families, lora, model, sharding, weights
 
+pytestmark = pytest.mark.slow
+
 ADAPTERS = {
   "lora.rank": 3,
   "lora.alpha": 6.0,
@@ -80,7 +82,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, compiled):
+def runs(tmp_path_factory):
   path = tmp_path_factory.mktemp("runs")
   params = write_run(path / "whole", settings(), seed=1)
   cfg = settings(init_from=str(path / "whole"), **ADAPTERS)

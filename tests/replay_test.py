@@ -301,6 +301,7 @@ class NoTools:
     return dict.fromkeys(names, 0)
 
 
+@pytest.mark.slow
 def test_a_step_needs_neither_engine_nor_sandbox(tmp_path, monkeypatch):
   saved = [episode(7, i, o) for i in range(3) for o in range(6)]
   write(tmp_path, a=saved)
@@ -359,7 +360,7 @@ def assert_same_run(cfg, workdir, other):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, compiled):
+def ran(tmp_path_factory):
   """A run that draws its rollouts, from a policy that calls the tool."""
   path = tmp_path_factory.mktemp("drawn")
   sft_lib.run(settings(), path / "sft")

@@ -78,7 +78,7 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory, compiled):
+def ran(tmp_path_factory):
   """Supervised training, then RL without interruption."""
   path = tmp_path_factory.mktemp("plain")
   cfg = settings()
@@ -236,6 +236,7 @@ def test_groups_start_alike_and_go_apart(ran):
 # -------------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_same_run(ran, tmp_path, monkeypatch, capsys):
   with monkeypatch.context() as patch:
     stop_after(patch, train.Trainer, "step", 2)
@@ -273,6 +274,7 @@ def test_killed_before_the_first_checkpoint(ran, tmp_path, monkeypatch):
   assert rows_of(tmp_path) == rows_of(ran.train)[:2]
 
 
+@pytest.mark.slow
 def test_resumed_supervised_run_is_the_same_run(ran, tmp_path, monkeypatch):
   cfg = settings()
   with monkeypatch.context() as patch:

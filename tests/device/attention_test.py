@@ -255,6 +255,7 @@ def test_pages_are_copied_and_cleared_in_either_pool():
   assert not tpu.kv_LPZKE[:, 2].any() and tpu.kv_LPZKE[:, -1].all()
 
 
+@pytest.mark.slow
 def test_append_is_the_same_by_either(kernel, monkeypatch, make_policy, params):
   """A whole network: prompts by pieces, a fork, then single tokens."""
   monkeypatch.setattr(paged_tpu, "objection", lambda *_: "")

@@ -171,6 +171,7 @@ def test_logps_equal_the_train_step(policy, params, plain):
   assert np.std(logp_BT[is_drawn_BT]) > 0.5
 
 
+@pytest.mark.slow
 def test_logps_in_bfloat16_are_near_the_train_step(make_policy, params, jobs):
   """Both round at the same places, and differ where sums fall on a border.
 
@@ -257,7 +258,9 @@ def test_schedule_does_not_change_a_bit(engine, jobs, plain, seed):
   [
     {"share_prompts": False},
     {"cache_tokens": 72},
-    {"cache_tokens": 80, "cache_length": 60},
+    pytest.param(
+      {"cache_tokens": 80, "cache_length": 60}, marks=pytest.mark.slow
+    ),
     {"chunk": 1},
     pytest.param({"chunk": 16}, marks=pytest.mark.slow),
     pytest.param({"chunk": 2, "cache_tokens": 96}, marks=pytest.mark.slow),
@@ -278,6 +281,7 @@ def test_how_it_is_set_up_does_not_change_a_bit(
   assert (n_prefilled > plain[1]) == ("share_prompts" in changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_slots", [2, 7])
 def test_other_slot_counts_agree_closely(policy, params, jobs, plain, n_slots):
   """Another number of rows is another program, rounded in another way."""
@@ -538,6 +542,7 @@ def test_broken_logits_break_their_rollout_only(policy, params, jobs, plain):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(engine._pool))
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizer_are_never_drawn(policy, params, jobs):
   """Their share goes to the others, in the train step alike."""
   n_ids = 30

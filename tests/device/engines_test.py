@@ -10,6 +10,7 @@ from roc.device import engine_stats
 from roc.device import engines as engines_lib
 from tests.device import engine_test as single
 
+pytestmark = pytest.mark.slow
 jobs, engine, plain = single.jobs, single.engine, single.plain
 
 

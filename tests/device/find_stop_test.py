@@ -23,8 +23,6 @@ CONFIG = sampling.SamplingConfig(
 N_JOBS = 6
 OBSERVATIONS = ([11, 12, 13], [14], [15, 16, 17, 18])
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
 
 @dataclasses.dataclass
 class Turn:
@@ -110,7 +108,7 @@ def drive(engine, requests):
   return list(turns.values())
 
 
-@pytest.mark.parametrize("chunk", [5, 16])
+@pytest.mark.parametrize("chunk", [5, pytest.param(16, marks=pytest.mark.slow)])
 def test_an_end_of_one_id_is_as_good_as_a_stop_id(make_engine, requests, chunk):
   """The device stops at it, or the host does, a few tokens later."""
   find = Finder(ends_in_one)
@@ -120,6 +118,7 @@ def test_an_end_of_one_id_is_as_good_as_a_stop_id(make_engine, requests, chunk):
   assert find.n_cut > 10 and max(len(turns) for turns in want) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [5, 16])
 def test_an_end_of_two_ids_leaves_no_trace_behind_it(
   make_engine, requests, chunk
@@ -187,6 +186,7 @@ def two_turns(engine, request):
   return turns
 
 
+@pytest.mark.slow
 def test_a_stop_id_for_the_last_id_of_the_end(
   make_engine, requests, endless, pair
 ):

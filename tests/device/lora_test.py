@@ -57,6 +57,7 @@ def projected(policy, params, name, h_BTD):
   return np.asarray(getattr(first, name)(h_BTD))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_adapters_change_no_bit(
   make_adapted, make_policy, params, tokens_BT, dtype
@@ -222,6 +223,7 @@ def test_eight_devices_equal_one(adapted, joined, batch, reference):
   assert_close(change(made, joined, batch), reference)
 
 
+@pytest.mark.slow
 def test_only_adapters_are_in_the_state(make_adapted, params, batch):
   adapted = make_adapted(dataclasses.replace(CONFIG, base_dtype="bfloat16"))
   made = make_learner(adapted, mesh=(2, 2, 2), optimizer=optax.adam(1e-2))

@@ -118,6 +118,7 @@ def test_groups_change_no_bit(n_kv_heads, n_queries):
   np.testing.assert_array_equal(got, plain)
 
 
+@pytest.mark.slow
 def test_shared_pages_are_really_read_in_groups():
   """A group that is told other pages than its rows' tables gives other sums."""
   S, J, Z = 4, 2, 8

@@ -206,6 +206,7 @@ def test_every_place_of_the_endless_order_is_repeatable(tmp_path):
     shuffled.problem(-1)
 
 
+@pytest.mark.slow
 def test_a_mixture_keeps_to_its_weights(tmp_path):
   _sums(tmp_path, 7, "a.jsonl")
   _sums(tmp_path, 50, "b.jsonl", first=100)
