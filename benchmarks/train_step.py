@@ -7,7 +7,7 @@ process of its own, in turns, and sleeps while the others run; memory is the
 most resident memory of the process, once whole and once beyond what it had
 before the model was built.
 
-  ours    `Learner.update`, rows in microbatches of 8
+  ours    `Learner.update`, rows in microbatches of 4
   tunix   google-tunix 0.1.7, the jitted step of its trainer, all rows at once
   torch   transformers' model and torch.optim.AdamW, eager, all rows at once
 
@@ -365,7 +365,7 @@ def main() -> None:
   )
   parser.add_argument("--vocab", type=int, default=512)
   parser.add_argument("--rows", type=int, default=64)
-  parser.add_argument("--micro", type=int, default=8, help="of ours")
+  parser.add_argument("--micro", type=int, default=4, help="of ours")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--side", choices=SIDES, help="for its own use")
   args = parser.parse_args()

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     "files",
     nargs="+",
     metavar="FILE",
-    help="JSONL, plain or gzip; of a directory its *.jsonl files",
+    help="JSONL, plain or gzip; of a directory its *.jsonl files; a run",
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument(
@@ -174,6 +174,8 @@ def _paths(names: Sequence[str]) -> list[pathlib.Path]:
     if not path.is_dir():
       paths.append(path)
       continue
+    if (path / "rollouts").is_dir():
+      path /= "rollouts"
     # A run's step 0 is its evaluation: nothing is filtered there.
     found = sorted(
       p for p in path.glob("*.jsonl") if p != traces.path_of(path.parent, 0)
@@ -181,7 +183,7 @@ def _paths(names: Sequence[str]) -> list[pathlib.Path]:
     if not found:
       raise errors.UserError(
         f"filter: {path} holds no *.jsonl file; give a file, or a directory"
-        " such as a run's rollouts/"
+        " such as a run's"
       )
     paths += found
   return paths

@@ -45,12 +45,10 @@ def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
     return _side_files(source)
   is_remote = source.startswith("hf://")
   name = source.removeprefix("hf://").removeprefix("models/")
-  if source and not is_remote:
-    for path in (pathlib.Path(source), _CHECKOUT / source):
-      if path.is_dir():
-        return path
-    if pathlib.Path(source).exists():
-      raise errors.UserError(f"{source} is a file; name the folder it is in")
+  if (path := folder_here(source)) is not None:
+    return path
+  if source and pathlib.Path(source).exists():
+    raise errors.UserError(f"{source} is a file; name the folder it is in")
   if not _REPOSITORY.fullmatch(name) or (not is_remote and _is_local(name)):
     raise errors.UserError(
       f"{source} does not exist; name a folder that does, or a repository of"
@@ -59,6 +57,12 @@ def fetch(source: str, *, weights: bool = True) -> pathlib.Path:
   repository, _, revision = name.partition("@")
   patterns = [*_SIDE_FILES, *(_WEIGHTS if weights else ())]
   return _download(repository, revision or None, patterns)
+
+
+def folder_here(source: str) -> pathlib.Path | None:
+  """The folder that `source` names, from here or from the checkout, if any."""
+  paths = (pathlib.Path(source), _CHECKOUT / source) if source else ()
+  return next((path for path in paths if path.is_dir()), None)
 
 
 def weights(source: str) -> places.Path:

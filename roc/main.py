@@ -278,19 +278,28 @@ def _program(name: str) -> ModuleType:
 def _dry_run(config: Any, name: str) -> str:
   if config is None:
     return f"{name} has no configuration\n"
+  from roc import build, hub, pretrained, wiring
   from roc import config as config_lib
-  from roc import wiring
 
   texts = config_lib.help_texts()
-  shown = [
+  shown = []
+  if (folder := hub.folder_here(config.pretrained)) is not None:
+    config = pretrained.settle(config)
+  elif config.pretrained:
+    shown += [f"# config.model and the tokenizer: see {config.pretrained}"]
+  shown += [
     f"{f'config.{key} = {value!r}':<40}  # {texts[key]}".rstrip(" #")
     for key, value in config_lib.flatten(config).items()
   ]
   gin_text = wiring.read_gin(config.host.gin_files, config.host.gin_bindings)
-  if not config.pretrained:  # which may have to be downloaded first
-    wiring.build_host(
-      config.host.gin_files, config.host.gin_bindings, seed=config.seed
+  if folder is not None or not config.pretrained:
+    host = wiring.build_host(
+      config.host.gin_files,
+      config.host.gin_bindings,
+      seed=config.seed,
+      pretrained=folder,
     )
+    build.shapes(config, host)
   return "\n".join([*shown, "", gin_text.rstrip(), ""])
 
 

@@ -37,7 +37,8 @@ HEADLINES = (
   ("eval/heldout/mean_length", "tokens per rollout", "number"),
 )
 
-# What a run of the quickstart is asked to reach.
+# What a run on the quickstart's problems is asked to reach.
+QUICKSTART_GIN = "experiments/host/arithmetic.gin"
 MAX_HEAD = 0.05
 MIN_GAIN = 0.15
 ENOUGH_ACCURACY = 0.95
@@ -114,7 +115,8 @@ def write(
   """
   rows = curves.read(workdir / "metrics.jsonl")
   config = read_config(workdir)
-  table, targets = headline_table(rows), headline_targets(rows)
+  table = headline_table(rows)
+  targets = headline_targets(rows) if has_targets(config) else []
   page = (
     _environment()
     .get_template("report.html")
@@ -185,6 +187,13 @@ def headline_table(rows: Sequence[curves.Row]) -> Table:
       " interval of a share measured on so many."
     )
   return Table(["held-out problems", *names], body, note)
+
+
+def has_targets(config: Mapping[str, Any]) -> bool:
+  """Whether a run's problems are those of the quickstart."""
+  host = config.get("host")
+  files = host.get("gin_files") if isinstance(host, Mapping) else None
+  return isinstance(files, Sequence) and QUICKSTART_GIN in files
 
 
 def headline_targets(rows: Sequence[curves.Row]) -> list[Target]:

@@ -14,7 +14,7 @@ import shlex
 
 import pytest
 
-from roc import config, main, pretrained, wiring
+from roc import config, hub, main, pretrained, wiring
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -115,6 +115,8 @@ def test_dry_run_prints_every_setting(name, variant, capsys, monkeypatch):
   out, err = capsys.readouterr()
   assert err == ""
   cfg = resolved(name, variant)
+  if hub.folder_here(cfg.pretrained):
+    cfg = pretrained.settle(cfg)
   for key, value in config.flatten(cfg).items():
     assert f"config.{key} = {value!r}" in out
   assert "host.train_task = @train/" in out

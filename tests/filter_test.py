@@ -300,7 +300,9 @@ def test_directory_without_its_evaluation(tmp_path, capsys):
     group = [make_episode(rng, 7, o, at_step) for o in range(n)]
     text = "\n".join(e.to_json() for e in group)
     (rollouts / f"step_{at_step:06d}.jsonl").write_text(text)
-  assert rows_of(capsys, rollouts)[0]["groups"] == 2
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0}')
+  for directory in (rollouts, tmp_path):  # the rollouts of a run, the run
+    assert rows_of(capsys, directory)[0]["groups"] == 2
 
 
 GOOD = json.dumps(minimal("a", True))

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from roc import build, config, errors, parameters, pretrained, train
+from roc import build, config, errors, main, parameters, pretrained, train
 from roc.device import model, sharding, weights
 from roc.host import template_chat
 from roc.host import tokenizer as tokenizer_lib
@@ -61,6 +62,19 @@ def test_shapes_are_taken_over(folder):
   assert pretrained.settle(cfg) == cfg
   plain = resolved()
   assert pretrained.settle(plain) is plain
+
+
+def test_a_dry_run_shows_them(folder, capsys):
+  argv = ["train", "--config=experiments/qwen3_0p6b_gsm8k.py:tiny"]
+  argv += ["--dry_run", f"--config.pretrained={folder}"]
+  assert main.main(argv) == 0
+  shown = capsys.readouterr().out
+  assert re.search(r"^config.model.d_model = 32$", shown, re.M)
+  assert main.main([*argv, "--config.model.d_model=48"]) == 2
+  assert "config.model.d_model is 48" in capsys.readouterr().err
+  argv[-1] = "--config.pretrained=org/elsewhere"
+  assert main.main(argv) == 0
+  assert "see org/elsewhere" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_the_folder_is_said(folder):

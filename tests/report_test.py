@@ -21,6 +21,7 @@ def test_report_is_written_and_printed(tmp_path, capsys):
       {
         "seed": 3,
         "filter": {"mode": "sort", "n_drawn": 16, "n_kept": 8},
+        "host": {"gin_files": [report.QUICKSTART_GIN]},
       }
     )
   )
@@ -62,6 +63,16 @@ def test_missing_pieces_are_left_out(tmp_path):
   page = (tmp_path / "report.html").read_text()
   assert "holds no trajectories" in page
   assert "Reward in training" in page
+
+
+@pytest.mark.parametrize(
+  "host", [None, "", {}, {"gin_files": None}, {"gin_files": ["other.gin"]}]
+)
+def test_goals_are_the_quickstart_s(tmp_path, host):
+  runs.write_metrics(tmp_path, n_steps=20, every=10)
+  (tmp_path / "config.json").write_text(json.dumps({"host": host}))
+  _, table, targets, _ = report.write(tmp_path)
+  assert table.rows and targets == []
 
 
 def test_no_workdir_is_one_sentence(tmp_path):
