@@ -167,7 +167,7 @@ for exhibit in gallery.exhibits(runs / "rl" / "rollouts"):
 folder = runs / "model"
 print(export.export(cfg, runs / "rl", folder))
 for path in sorted(folder.iterdir()):
-  print(f"{path.stat().st_size / 2**20:8.1f} MiB  {path.name}")
+  print(f"{path.stat().st_size / 1024:12,.1f} KiB  {path.name}")
 
 # %% [markdown]
 # ## 6. What to try next
