@@ -8,7 +8,10 @@ matter: it has learnt the form, not arithmetic or English.
 Source: problems of Cobbe et al., arXiv 2110.14168; tool calls in their places
 as in ToRA (arXiv 2309.17452), run by `roc.main convert`.
 Hardware: 2 CPU cores, about 10 minutes.
-Result: not yet run.
+Result: of 57 held-out turns that call, drawn greedily, none is well-formed
+before training, 40 % are after 100 steps, 61 % after 150, 65 % after 300. The
+held-out loss is lowest (2.47 nats) near step 50 and 4.90 at the end: from there
+on the lessons are learnt by heart, and the form is still being learnt.
 
 Command:
   python -m roc.main sft --config=experiments/sft_gsm8k.py \
