@@ -47,6 +47,7 @@ def shrink(c) -> None:
   c.train.prompts = 2
   c.train.microbatch_rows = 0
   c.train.warmup = 1
+  c.train.keep_optimizer = False  # there need be no run to go on from
   c.train.buckets = (768,)
   c.eval.every = 0
   c.eval.n_problems = 2

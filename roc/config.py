@@ -58,6 +58,9 @@ class TrainConfig:
   minibatches: int = 1  # optimizer steps per batch of rollouts
   microbatch_rows: int = 0  # rows per gradient accumulation; 0: all at once
   buckets: tuple[int, ...] = (96, 128, 192, 256)  # padded lengths of a batch
+  # Go on with the moments and the count of init_from's optimizer, so that there
+  # is no second warm-up.
+  keep_optimizer: bool = False
   replay: str = ""  # directory of saved rollouts to train on; empty: draw them
 
 
@@ -253,6 +256,7 @@ _NOT_IDENTITY = (
 _ADDED = {
   **{"pretrained": "", "train.replay": ""},
   **{"sft.overlong": "error", "sft.heldout": 0.0},
+  "train.keep_optimizer": False,
 }
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {

@@ -51,6 +51,36 @@ def go_on(
   return restored.state
 
 
+def with_optimizer_of(
+  source: str, state: step_lib.TrainState, learner: learner_lib.Learner
+) -> step_lib.TrainState:
+  """`state` with the optimizer's state of another run, its count included.
+
+  Args:
+    source: `config.init_from`.
+    state: whose parameters are those of `source`.
+    learner: of `state`.
+
+  Raises:
+    errors.UserError: `source` is no run, or has another optimizer or other
+      adapters.
+  """
+  if source in ("", pretrained.RANDOM) or pretrained.is_model(source):
+    raise errors.UserError(
+      "config.train.keep_optimizer wants a run in config.init_from, which is"
+      f" {source!r}; published and fresh parameters have no optimizer"
+    )
+  theirs = _config_of(source)
+  if theirs is not None and theirs.lora != learner.policy.lora:
+    raise errors.UserError(
+      f"config.train.keep_optimizer: {source} was trained with other settings"
+      " in config.lora, so its optimizer is of other parameters"
+    )
+  abstract = {"opt_state": learner.abstract_state.opt_state}
+  loaded = _restore(source, abstract, None)
+  return dataclasses.replace(state, opt_state=loaded.params)
+
+
 def first_params(
   cfg: config_lib.Config, policy: model.Policy, mesh: jax.sharding.Mesh
 ) -> model.Params:
@@ -150,7 +180,7 @@ def _config_of(source: str | places.Path) -> config_lib.Config | None:
 def _restore(
   source: str | places.Path, abstract: dict[str, Any], step: int | None
 ) -> Loaded:
-  """Parts of a state; `params` alone if nothing else was asked for."""
+  """Parts of a state; one alone where nothing else was asked for."""
   checkpoints = checkpoint.Checkpoints(_directory(source))
   restored = checkpoints.restore(abstract, step, is_partial=True)
   if restored is None:
@@ -163,7 +193,7 @@ def _restore(
   found = checkpoints.path(restored.step)
   state = restored.state
   return Loaded(
-    state if len(abstract) > 1 else state["params"],
+    state if len(abstract) > 1 else next(iter(state.values())),
     name=f"step {restored.step}, {manifest.fingerprint(found)}",
     where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
   )

@@ -326,6 +326,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     first = parameters.first_state(cfg, learner)
     trainer.set_reference(first)
     state = parameters.go_on(cfg, first, restored)
+    if cfg.train.keep_optimizer and not restored:
+      state = parameters.with_optimizer_of(cfg.init_from, state, learner)
     del first  # where there is a checkpoint, nobody needs it any more
     if restored:
       trainer.cursor = Cursor(**restored.extra["cursor"])

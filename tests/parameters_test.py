@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from roc import build, config, errors, export, parameters, train
 from roc.device import checkpoint, families, lora, model, sharding, weights
 
 pytestmark = pytest.mark.slow
+
+QWEN3 = pathlib.Path(__file__).parent / "golden" / "models" / "qwen3"
 
 ADAPTERS = {
   "lora.rank": 3,
@@ -45,7 +48,13 @@ def write_run(workdir, cfg, seed, step=3):
   state = parameters.first_state(cfg, learner)
   rng = np.random.default_rng(seed)
   draw = lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype)
-  state = dataclasses.replace(state, params=jax.tree.map(draw, state.params))
+  state = dataclasses.replace(
+    state,
+    params=jax.tree.map(draw, state.params),
+    opt_state=jax.tree.map(
+      lambda x: draw(x) if x.ndim else x + step, state.opt_state
+    ),
+  )
   workdir.mkdir(parents=True)
   (workdir / "config.json").write_text(config.to_json(cfg))
   checkpoint.Checkpoints(workdir / "checkpoints").save(step, state, {})
@@ -165,6 +174,32 @@ def test_going_on_with_the_same_adapters(runs):
   # And a run on it finds all of it again, by way of two records.
   directory = runs.adapted / "checkpoints"
   same(first(dataclasses.replace(cfg, init_from=str(directory)))[0], state)
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_going_on_with_the_optimizer(runs, is_adapted):
+  directory = runs.adapted if is_adapted else runs.whole
+  adapters = ADAPTERS if is_adapted else {}
+  fresh, learner = first(settings(init_from=str(directory), **adapters))
+  kept = parameters.with_optimizer_of(str(directory), fresh, learner)
+  checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
+  saved = checkpoints.restore(learner.abstract_state).state
+  same(kept, dataclasses.replace(saved, step=fresh.step))
+  moments = lambda state: jax.tree.leaves(state.opt_state)
+  assert any(np.any(np.asarray(x)) for x in moments(kept))
+  assert not any(np.any(np.asarray(x)) for x in moments(fresh))
+
+
+def test_optimizers_that_cannot_be_had(runs):
+  fresh, learner = first(settings())
+  for source, said in (
+    ("", "wants a run .* which is ''"),
+    ("random", "wants a run"),
+    (str(QWEN3), "have no optimizer"),
+    (str(runs.adapted), "other settings in config.lora"),
+  ):
+    with pytest.raises(errors.UserError, match=said):
+      parameters.with_optimizer_of(source, fresh, learner)
 
 
 def test_starting_all_parameters_from_adapters(runs):

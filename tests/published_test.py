@@ -7,12 +7,23 @@ runs as it stands in experiments/.
 
 import json
 
+import optax
 import pytest
 
 from experiments import qwen3_0p6b_gsm8k, rlinf_7b
 from experiments.rstar2 import sft as sft_stage
 from experiments.rstar2 import stage1, stage2, stage3
-from roc import collect, config, evaluate, export, main, pretrained, sft, train
+from roc import (
+  build,
+  collect,
+  config,
+  evaluate,
+  export,
+  main,
+  pretrained,
+  sft,
+  train,
+)
 
 # Learnt by heart: a call of the tool, and an answer that is wrong mostly.
 CONVERSATION = {
@@ -63,6 +74,16 @@ def assert_trained(workdir, learns=True):
   return [record for r in rollouts for record in r["tool_records"]]
 
 
+def updates_of(cfg, workdir):
+  """By the count of the optimizer."""
+  cfg = pretrained.settle(cfg)
+  policy = build.make_policy(cfg, build.host_parts(cfg))
+  learner = train.make_learner(cfg, policy)
+  restored = build.checkpoints(cfg, workdir).restore(learner.abstract_state)
+  (adam,) = optax.tree.get_all_with_path(restored.state.opt_state, "count")[:1]
+  return int(adam[1])
+
+
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
   """A supervised policy that calls the tool."""
@@ -98,10 +119,16 @@ def staged(learnt, tmp_path_factory):
   )
   for module in (stage1, stage2):
     name = module.__name__.rpartition(".")[2]
-    cfg = tiny(module, init_from=str(source), host__gin_bindings=bindings)
+    cfg = tiny(
+      module,
+      init_from=str(source),
+      train__keep_optimizer=module is stage2,
+      host__gin_bindings=bindings,
+    )
     train.run(cfg, path / name)
     calls += assert_trained(path / name)
     source = path / name
+  assert updates_of(cfg, source) == 4  # those of stage 1 count
   chosen = tiny(
     stage2,
     collect__task="train",

@@ -6,8 +6,7 @@ Claim: 85 more steps with more room take AIME 2024/2025 from 72.1/64.2 to
 Source: arXiv 2508.20722, section on training; hyper-parameters as in
 experiments/rstar2/recipe.py.
 Hardware: as stage 1.
-Result: not yet run. The paper resets the optimizer only before stage 3; here
-every `init_from` starts a fresh one, warmed up over 20 steps.
+Result: not yet run.
 
 Command:
   python -m roc.main train --config=experiments/rstar2/stage2.py \
@@ -24,5 +23,6 @@ def get_config(variant: str = ""):
   c = recipe.base(variant)
   recipe.limit(c, response_tokens=12_288, turns=10)  # paper
   c.train.steps = 85  # paper
+  c.train.keep_optimizer = True  # paper: it is reset before stage 3 only
   c.host.gin_bindings = recipe.DATA
   return recipe.finish(c, variant)
