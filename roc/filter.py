@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     "files",
     nargs="+",
     metavar="FILE",
-    help="JSONL, plain or gzip; of a directory its *.jsonl files; a run",
+    help="JSONL, plain or gzip; of a directory its *.jsonl files, of a run"
+    " its rollouts",
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument(
@@ -183,7 +184,7 @@ def _paths(names: Sequence[str]) -> list[pathlib.Path]:
     if not found:
       raise errors.UserError(
         f"filter: {path} holds no *.jsonl file; give a file, or a directory"
-        " such as a run's"
+        " such as a run's rollouts/"
       )
     paths += found
   return paths

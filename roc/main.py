@@ -37,6 +37,7 @@ class Command:
   config: cli.Source | Literal["own"] = "needed"  # own: it reads its flags
   module: str = ""  # of roc, with the program; by default the command's name
   aliases: tuple[cli.Alias, ...] = ()
+  goes_on: bool = True  # where it was stopped, if it is given again
 
 
 COMMANDS = {
@@ -99,42 +100,49 @@ COMMANDS = {
     "Its own --help tells more.",
     "export --workdir=runs/quickstart --output=models/quickstart",
     "own",
+    goes_on=False,
   ),
   "filter": Command(
     "apply resample on correct to rollouts in files; show what it keeps",
     "Its own --help tells more.",
     "filter runs/quickstart/rollouts/step_000001.jsonl --all",
     "own",
+    goes_on=False,
   ),
   "render": Command(
     "write conversations with a model's chat template, as text and ids",
     "Its own --help tells more.",
     "render --model=DIR --input=FILE.jsonl",
     "own",
+    goes_on=False,
   ),
   "parse": Command(
     "find the tool calls in a turn of a model",
     "Its own --help tells more.",
     "parse --input=FILE.txt",
     "own",
+    goes_on=False,
   ),
   "verify": Command(
     "compare an answer with the right one, as the reward does",
     "Its own --help tells more.",
     "verify --gold=1/2 --answer=0.5",
     "own",
+    goes_on=False,
   ),
   "generate": Command(
     "let a Hugging Face model write, with the tool or without",
     "Its own --help tells more.",
     "generate --model=DIR --prompt='What is 12 * 13?' --tool=python",
     "own",
+    goes_on=False,
   ),
   "score": Command(
     "log-probs and entropies of given tokens under a Hugging Face model",
     "Its own --help tells more.",
     "score --model=DIR --input=FILE.jsonl",
     "own",
+    goes_on=False,
   ),
   "convert": Command(
     "solutions of a data set as conversations that call the tool",
@@ -147,6 +155,7 @@ COMMANDS = {
     "Its own --help tells more.",
     "sandbox run FILE.py",
     "own",
+    goes_on=False,
   ),
 }
 
@@ -173,13 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except KeyboardInterrupt:
-    if argv[0] in COMMANDS and COMMANDS[argv[0]].config == "own":
+    if not argv or argv[0] not in COMMANDS or not COMMANDS[argv[0]].goes_on:
       print("\ninterrupted", file=sys.stderr)
       return 130
     again = shlex.join(["python", "-m", "roc.main", *argv])
     print(
-      "\ninterrupted; to go on from the last checkpoint, run the same command"
-      f" again: {again}",
+      "\ninterrupted; to go on where it was, run the same command again:"
+      f" {again}",
       file=sys.stderr,
     )
     return 130

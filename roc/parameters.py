@@ -77,8 +77,9 @@ def with_optimizer_of(
       " in config.lora, so its optimizer is of other parameters"
     )
   abstract = {"opt_state": learner.abstract_state.opt_state}
-  loaded = _restore(source, abstract, None)
-  return dataclasses.replace(state, opt_state=loaded.params)
+  found, *_ = _restore(source, abstract, None)
+  build.say(f"optimizer of {source}")
+  return dataclasses.replace(state, opt_state=found["opt_state"])
 
 
 def first_params(
@@ -136,19 +137,18 @@ def load_policy(
   """
   abstract = {"params": _abstract(policy.abstract_params, mesh)}
   if not policy.lora.rank:
-    return _restore(source, abstract, step)
+    found, *names = _restore(source, abstract, step)
+    return Loaded(found["params"], *names)
   adapters = jax.eval_shape(policy.init_adapters, jax.random.key(0))
   abstract = {
     "params": _abstract(adapters, mesh),
     "base": jax.ShapeDtypeStruct((2,), jnp.uint32),
   }
-  loaded = _restore(source, abstract, step)
+  found, name, where = _restore(source, abstract, step)
   params, _ = lora.split(first_params(cfg, policy, mesh))
   base, seal_2 = jax.jit(lambda x: lora.sealed(x, policy.lora))(params)
-  found = loaded.params
-  _check_base(cfg, loaded.name, seal_2, found["base"])
-  params = lora.join(base, found["params"])
-  return dataclasses.replace(loaded, params=params)
+  _check_base(cfg, name, seal_2, found["base"])
+  return Loaded(lora.join(base, found["params"]), name, where)
 
 
 def _load_run(
@@ -179,8 +179,8 @@ def _config_of(source: str | places.Path) -> config_lib.Config | None:
 
 def _restore(
   source: str | places.Path, abstract: dict[str, Any], step: int | None
-) -> Loaded:
-  """Parts of a state; one alone where nothing else was asked for."""
+) -> tuple[dict[str, Any], str, str]:
+  """The parts of a state that were asked for; `Loaded.name` and `where`."""
   checkpoints = checkpoint.Checkpoints(_directory(source))
   restored = checkpoints.restore(abstract, step, is_partial=True)
   if restored is None:
@@ -191,11 +191,10 @@ def _restore(
     )
   notes = "; ".join(restored.notes)
   found = checkpoints.path(restored.step)
-  state = restored.state
-  return Loaded(
-    state if len(abstract) > 1 else next(iter(state.values())),
-    name=f"step {restored.step}, {manifest.fingerprint(found)}",
-    where=f"parameters from {found}" + (f" ({notes})" if notes else ""),
+  return (
+    restored.state,
+    f"step {restored.step}, {manifest.fingerprint(found)}",
+    f"parameters from {found}" + (f" ({notes})" if notes else ""),
   )
 
 

@@ -417,3 +417,6 @@ def test_an_interrupt_is_a_word(run, monkeypatch):
   monkeypatch.setattr("roc.parse.main", interrupt)
   code, out, err = run("parse")
   assert (code, out, err.strip()) == (130, "", "interrupted")
+  monkeypatch.setattr("roc.convert.main", interrupt)  # which goes on
+  code, _, err = run("convert", "gsm8k")
+  assert code == 130 and "python -m roc.main convert gsm8k" in err

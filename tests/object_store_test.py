@@ -59,7 +59,7 @@ def load(folder):
   return weights.load(folder, policy, sharding.make_mesh(1, 1, 1))
 
 
-def same(params, others):
+def assert_same(params, others):
   jax.tree.map(np.testing.assert_array_equal, params, others)
 
 
@@ -97,7 +97,7 @@ def test_a_run_goes_on_on_another_machine(store, tmp_path, monkeypatch, capsys):
   want = final_state(tmp_path / "local" / "checkpoints", local)
   found = final_state(STORE, cfg)
   assert want.step == found.step == 40
-  same(found.state, want.state)
+  assert_same(found.state, want.state)
   # Their rows are those of the steps that each took.
   rows = lambda place: [
     json.loads(line)
@@ -166,9 +166,9 @@ def test_another_run_starts_from_the_store(store, tmp_path):
   mesh = build.make_mesh(cfg)
   for source in (STORE, str(tmp_path / "run")):
     new = settings(**{"checkpoint.directory": "", "init_from": source})
-    same(parameters.first_params(new, policy, mesh), want)
+    assert_same(parameters.first_params(new, policy, mesh), want)
   loaded = parameters.load_policy(cfg, tmp_path / "run", policy, mesh)
-  same(loaded.params, want)
+  assert_same(loaded.params, want)
   assert "gs://bucket/run/step_00000002" in loaded.where
 
 
@@ -196,7 +196,7 @@ def test_weights_are_read_from_a_store(store, tmp_path, monkeypatch, name):
     most.append(len(held))
 
   monkeypatch.setattr(places, "copy_file", counted)
-  same(load("gs://bucket/models/x"), want)
+  assert_same(load("gs://bucket/models/x"), want)
   assert n_files > 2 and most == [1] * n_files
   assert list((tmp_path / "scratch").iterdir()) == []
 
@@ -235,7 +235,7 @@ def test_weights_are_written_to_a_store(store, tmp_path):
     *(f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)),
     *("model.safetensors.index.json", "config.json"),
   ]
-  same(load(place), want)
+  assert_same(load(place), want)
   with pytest.raises(errors.UserError, match="gs://bucket/models/x exists"):
     weights.export(want, policy.config, place)
   store.fail_after = n
@@ -282,10 +282,10 @@ def test_from_a_store_to_a_store(store, run_of_qwen3, capsys):
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
   mesh = build.make_mesh(cfg)
-  same(parameters.first_params(cfg, policy, mesh), params)
+  assert_same(parameters.first_params(cfg, policy, mesh), params)
   c.pretrained, c.init_from = "experiments/tiny_qwen3", place
   cfg = pretrained.settle(config.resolve(c))
-  same(parameters.first_params(cfg, policy, mesh), params)
+  assert_same(parameters.first_params(cfg, policy, mesh), params)
 
   ids = workdir.parent / "ids.jsonl"
   ids.write_text('{"ids": [1, 5, 9, 2]}\n')

@@ -61,7 +61,7 @@ def write_run(workdir, cfg, seed, step=3):
   return state.params
 
 
-def same(params, others):
+def assert_same(params, others):
   jax.tree.map(np.testing.assert_array_equal, params, others)
 
 
@@ -101,14 +101,14 @@ def runs(tmp_path_factory):
 
 def test_all_parameters_of_a_run(runs):
   loaded = load(settings(), runs.whole)
-  same(loaded.params, runs.params)
+  assert_same(loaded.params, runs.params)
   assert loaded.name.startswith("step 3, ")
   assert str(runs.whole) in loaded.where
 
 
 def test_adapters_come_with_their_base(runs):
   loaded = load(runs.cfg, runs.adapted)
-  same(loaded.params, lora.join(runs.base, runs.adapters))
+  assert_same(loaded.params, lora.join(runs.base, runs.adapters))
   assert loaded.params["embed"]["embedding"].dtype == jnp.bfloat16
   assert str(runs.adapted) in loaded.where
 
@@ -166,14 +166,16 @@ def first(cfg):
 def test_going_on_with_the_same_adapters(runs):
   cfg = settings(init_from=str(runs.adapted), **ADAPTERS)
   state, learner = first(cfg)
-  same(state.params, runs.adapters)
+  assert_same(state.params, runs.adapters)
   before, _ = first(runs.cfg)
-  same(state.base, before.base)
+  assert_same(state.base, before.base)
   assert int(state.step) == 0
-  same(learner.params(state.params), lora.join(runs.base, runs.adapters))
+  assert_same(learner.params(state.params), lora.join(runs.base, runs.adapters))
   # And a run on it finds all of it again, by way of two records.
   directory = runs.adapted / "checkpoints"
-  same(first(dataclasses.replace(cfg, init_from=str(directory)))[0], state)
+  assert_same(
+    first(dataclasses.replace(cfg, init_from=str(directory)))[0], state
+  )
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])
@@ -184,7 +186,7 @@ def test_going_on_with_the_optimizer(runs, is_adapted):
   kept = parameters.with_optimizer_of(str(directory), fresh, learner)
   checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
   saved = checkpoints.restore(learner.abstract_state).state
-  same(kept, dataclasses.replace(saved, step=fresh.step))
+  assert_same(kept, dataclasses.replace(saved, step=fresh.step))
   moments = lambda state: jax.tree.leaves(state.opt_state)
   assert any(np.any(np.asarray(x)) for x in moments(kept))
   assert not any(np.any(np.asarray(x)) for x in moments(fresh))
@@ -204,14 +206,14 @@ def test_optimizers_that_cannot_be_had(runs):
 
 def test_starting_all_parameters_from_adapters(runs):
   state, _ = first(settings(init_from=str(runs.adapted)))
-  same(state.params, runs.merged)
+  assert_same(state.params, runs.merged)
 
 
 def test_other_adapters_on_top_of_adapters(runs):
   cfg = settings(init_from=str(runs.adapted), **{**ADAPTERS, "lora.rank": 2})
   state, learner = first(cfg)
   base, _ = lora.split(learner.params(state.params))
-  same(base, lora.frozen(runs.merged, cfg.lora))
+  assert_same(base, lora.frozen(runs.merged, cfg.lora))
   assert state.params["layers"]["q_proj"]["lora_a"].shape[-1] == 2
   assert not np.any(state.params["layers"]["q_proj"]["lora_b"])
 
@@ -219,14 +221,14 @@ def test_other_adapters_on_top_of_adapters(runs):
 def test_fresh_base_and_seeds():
   one, learner = first(settings(**ADAPTERS))
   again, _ = first(settings(**ADAPTERS))
-  same(one, again)
+  assert_same(one, again)
   other, _ = first(settings(seed=1, **ADAPTERS))
   assert np.any(np.asarray(one.base) != np.asarray(other.base))
   a = lambda state: np.asarray(state.params["layers"]["q_proj"]["lora_a"])
   assert np.any(a(one) != a(other))
   plain, _ = first(settings())
   base, _ = lora.split(learner.params(one.params))
-  same(base, lora.frozen(plain.params, lora.LoraConfig()))
+  assert_same(base, lora.frozen(plain.params, lora.LoraConfig()))
 
 
 # ---------------------------------------------------------------- and elsewhere
@@ -236,14 +238,16 @@ def test_export_is_merged(runs, tmp_path):
   out = tmp_path / "model"
   export.export(runs.cfg, runs.adapted, out, dtype="float32")
   policy = model.Policy(families.read(out))
-  same(weights.load(out, policy, sharding.make_mesh(1, 1, 1)), runs.merged)
+  assert_same(
+    weights.load(out, policy, sharding.make_mesh(1, 1, 1)), runs.merged
+  )
   # Which starts a run like any other model.
   cfg = settings(init_from=str(out))
-  same(first(cfg)[0].params, runs.merged)
+  assert_same(first(cfg)[0].params, runs.merged)
   cfg = settings(init_from=str(out), **ADAPTERS)
   state, learner = first(cfg)
   base, _ = lora.split(learner.params(state.params))
-  same(base, lora.frozen(runs.merged, cfg.lora))
+  assert_same(base, lora.frozen(runs.merged, cfg.lora))
 
 
 def test_settings_of_adapters():
