@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from roc import cli, errors
 from roc.host import answers as answers_lib
-from roc.host import rewards, sandbox, verify
+from roc.host import sandbox, verify
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,8 +21,7 @@ def main(argv: Sequence[str]) -> int:
     errors.UserError: bad flags, or no sandbox to check in.
   """
   values = make_parser().parse_args(argv)
-  answer = rewards.extract_boxed(values.answer) or values.answer
-  gold = rewards.extract_boxed(values.gold) or values.gold
+  answer, gold = answers_lib.find(values.answer), answers_lib.find(values.gold)
   check = compare(answer, gold)
   found = {
     "correct": check.is_equal,
@@ -60,7 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
   parser = cli.Parser(
     prog="python -m roc.main verify",
     description="Compares an answer with the right one, as math_score does"
-    " (docs/rewards.md). Of a text with a \\boxed{...} its content counts.",
+    " (docs/rewards.md). Of a text with a \\boxed{...} its content counts, of "
+    '"The answer is ..." what follows.',
     epilog="example: python -m roc.main verify --gold='\\frac{1}{2}'"
     " --answer=0.5",
   )

@@ -87,6 +87,22 @@ _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W_]|[ ,.'-])*")
 
 
+# What data sets write where a problem has no answer.
+_NO_ANSWER = frozenset(
+  {"proof", "notfound", "not found", "no answer", "n/a", "nan", "null"}
+)
+_SAID = re.compile(
+  r"(?:.*####|(?:^|.*[\s.,;:*])(?:final\s+|correct\s+|right\s+)?answer\**"
+  r"(?:\s*[:=]|\s+(?:is|are|equals)\b))[\s:*]*(.+)",
+  re.IGNORECASE | re.DOTALL,
+)
+_SENTENCE = re.compile(
+  r"[A-Z][^$\\]*\s(?:is|are|equals|be)\s*:?\s*"
+  r"(\$[^$]+\$|\\[(\[](?:(?!\\[)\]]).)+\\[)\]])\s*\.?",
+  re.DOTALL,
+)
+
+
 class Decision(NamedTuple):
   """What `compare` found.
 
@@ -103,6 +119,31 @@ class Decision(NamedTuple):
   pairs: list[list[tuple[str, str]]]
 
 
+def find(text: str) -> str:
+  r"""The answer in a text that says more than it: what a problem file holds.
+
+  The content of the last `\boxed{...}`; else what stands behind `####` or
+  "the answer is"; else the only formula of a sentence that ends with it ("The
+  area is $5$."); else the whole text.
+  """
+  text = text.strip()
+  boxed = rewards.extract_boxed(text)
+  if boxed is not None:
+    return boxed
+  said = _SAID.fullmatch(text)
+  if said:
+    text = said[1].strip(" *.")
+  elif sentence := _SENTENCE.fullmatch(text):
+    text = sentence[1]
+  return text
+
+
+def is_no_answer(gold: str) -> bool:
+  """Whether a gold answer is empty or a word such as `proof` or `notfound`."""
+  text = _flat(tidy(gold)).casefold()
+  return not text or text in _NO_ANSWER
+
+
 def compare(answer: str, gold: str) -> Decision:
   """Compares two answers as far as their texts allow.
 
@@ -113,12 +154,12 @@ def compare(answer: str, gold: str) -> Decision:
   Returns:
     A decision, or what is left to be checked.
   """
+  if is_no_answer(gold):
+    return Decision(None, "the gold answer is none", [])
   if answer.strip() and answer.strip() == gold.strip():
     return Decision(True, "same text", [])
   if len(answer) > rewards.MAX_ANSWER_CHARS:
     return Decision(False, "too long", [])
-  if not tidy(gold):
-    return Decision(None, "the gold answer is empty", [])
   if not answer.translate(_CHARACTERS).isprintable():
     return Decision(False, "control characters", [])
   a, g = tidy(answer), tidy(gold)

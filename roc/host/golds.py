@@ -42,6 +42,9 @@ def find_unreadable(
   asked: dict[str, list] = {}
   unreadable = set()
   for answer in dict.fromkeys(answers):
+    if answers_lib.is_no_answer(answer):
+      unreadable.add(answer)
+      continue
     if answers_lib.number(answers_lib.tidy(answer)) is not None:
       continue
     decision = answers_lib.compare(_PROBE, answer)

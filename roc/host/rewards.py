@@ -31,6 +31,7 @@ _NUMBER = re.compile(
 VOID_REASONS = frozenset(
   {"verifier_timeout", "verifier_error", "infra", "bad_gold"}
 )
+_BOX = re.compile(r"\\boxed(?:\s*\{|\s+(?=[^\s{])|(?=[\\\d]))")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 
 
@@ -143,20 +144,37 @@ def parse_number(text: str) -> fractions.Fraction | None:
 def extract_boxed(text: str) -> str | None:
   r"""Content of the last `\boxed{...}` of a text, braces balanced.
 
+  Without braces (`\boxed 5`, `\boxed\frac12`) the box ends at the next space
+  that no brace encloses, or at the end of the formula.
+
   Returns:
     The content without outer spaces; None when there is no box, it is empty, or
     it is never closed.
   """
-  start = text.rfind("\\boxed{")
-  if start < 0:
+  boxes = list(_BOX.finditer(text))
+  if not boxes:
     return None
-  start += len("\\boxed{")
+  start = boxes[-1].end()
+  if text[start - 1] != "{":
+    content = _before_space(text[start:]).rstrip(".,;:")
+    return content or None
   depth = 1
   for index in range(start, len(text)):
     depth += {"{": 1, "}": -1}.get(text[index], 0)
     if depth == 0:
       return text[start:index].strip() or None
   return None
+
+
+def _before_space(text: str) -> str:
+  """The text up to a space, `$`, `\\)` or `}` that no brace encloses."""
+  depth = 0
+  for index, character in enumerate(text):
+    is_end = character.isspace() or character in "$}"
+    if depth == 0 and (is_end or text.startswith(("\\)", "\\]"), index)):
+      return text[:index]
+    depth += {"{": 1, "}": -1}.get(character, 0)
+  return text if depth == 0 else ""
 
 
 def _parse_decimal(text: str) -> fractions.Fraction | None:

@@ -69,6 +69,48 @@ def test_tidy(text, tidied):
   assert answers.tidy(text) == tidied
 
 
+@pytest.mark.parametrize(
+  ("text", "answer"),
+  [
+    ("5", "5"),
+    (" x = 5 ", "x = 5"),
+    ("$5$", "$5$"),
+    ("\\boxed{5}", "5"),
+    ("Thus $\\boxed{\\frac{1}{2}}$.", "\\frac{1}{2}"),
+    ("\\boxed 5", "5"),
+    ("12 + 6 = 18\n#### 18", "18"),
+    ("The answer is 5", "5"),
+    ("The final answer is: $5$", "$5$"),
+    ("**Answer:** 5", "5"),
+    ("So the answer is (B).", "(B)"),
+    ("Answer: x = 2 or x = 3", "x = 2 or x = 3"),
+    ("The area of the square is $25$.", "$25$"),
+    ("The roots are \\(1\\) and \\(2\\)", "The roots are \\(1\\) and \\(2\\)"),
+    ("Yes", "Yes"),
+    ("answer", "answer"),
+    ("", ""),
+  ],
+)
+def test_the_answer_in_a_text(text, answer):
+  assert answers.find(text) == answer
+
+
+@pytest.mark.parametrize(
+  "gold", ["", " ", "$ $", "proof", "\\text{Proof.}", "notfound", "Not found"]
+)
+def test_no_answer_is_equal_to_nothing(gold):
+  assert answers.is_no_answer(gold)
+  for answer in (gold, "proof", "5"):
+    assert answers.compare(answer, gold) == answers.Decision(
+      None, "the gold answer is none", []
+    )
+
+
+@pytest.mark.parametrize("gold", ["none", "0", "x", "\\emptyset", "proofs"])
+def test_words_that_are_answers(gold):
+  assert not answers.is_no_answer(gold)
+
+
 def test_a_millionth_is_of_small_numbers():
   same = lambda a, b, **kw: answers.is_same_number(
     fractions.Fraction(a), fractions.Fraction(b), **kw

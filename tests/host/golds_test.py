@@ -49,6 +49,11 @@ def test_plain_answers_need_no_sandbox():
   assert golds.find_unreadable(PLAIN, None) == []
 
 
+def test_words_for_no_answer_are_unreadable():
+  answers = ["1", "proof", "notfound", "none"]
+  assert golds.find_unreadable(answers, None) == [1, 2]
+
+
 def test_one_that_ends_its_batch_does_not_take_others_along(box):
   answers = [UNREADABLE[0], r"\frac{\pi}{7}", r"\sqrt{5}+\sqrt{11}"]
   counting = Counting(box, fail=(r"\\sqrt{11}",))
