@@ -21,6 +21,7 @@ from roc.device import engine, families, model, sampling, sharding, weights
 from roc.host import episode as episode_lib
 from roc.host import pretrained, sandbox, template_chat, tools
 from roc.host import tokenizer as tokenizer_lib
+from roc.host.sandbox import packages
 from roc.host.tasks import problem
 
 _PAGE = 64
@@ -125,7 +126,7 @@ def _check(values: argparse.Namespace) -> None:
 def schema_of(tool: str) -> dict[str, Any]:
   """The schema of one of `tools.TOOLS`."""
   spec, function = tools.TOOLS[tool]
-  return tools.tool_schema(function, spec.name)
+  return tools.tool_schema(function, spec.name, packages.surroundings())
 
 
 def make_sampler(values: argparse.Namespace, asked: _Asked) -> engine.Engine:

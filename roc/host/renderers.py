@@ -47,6 +47,9 @@ def cut_middle(text: str, max_chars: int) -> str:
 def render_compact(call: calls.ToolCall, result: Result | None) -> str:
   """The fewest words: the output, or the last line of the traceback.
 
+  What ended in another way says so, and why where stderr tells: the text of
+  `sys.exit`, the loss of a session, what is to be changed in the code.
+
   Args:
     call: the call; its `error` speaks when there is no result.
     result: what the sandbox said; None for a call that never ran.
@@ -56,11 +59,15 @@ def render_compact(call: calls.ToolCall, result: Result | None) -> str:
   status = result.status
   if status == layout.ToolStatus.OK:
     return result.stdout.strip() or "(no output)"
-  if status == layout.ToolStatus.EXIT:
-    return f"Exit code {result.exit_code}"
   if status == layout.ToolStatus.ERROR:
     return _error_line(result)
-  return _STATUS_WORDS[status]
+  if status == layout.ToolStatus.EXIT:
+    word = f"Exit code {result.exit_code}"
+  else:
+    word = _STATUS_WORDS[status]
+  # What a program wrote on stderr before it met a limit explains nothing.
+  last = result.stderr.strip().rpartition("\n")[2].strip()
+  return f"{word}: {last}" if last and status in _EXPLAINED else word
 
 
 def _error_line(result: Result) -> str:
@@ -68,10 +75,30 @@ def _error_line(result: Result) -> str:
   lines = [line.strip() for line in result.stderr.strip().splitlines()]
   if not lines:
     return result.error_type or "Error"
+  if _GROUP_BORDER.fullmatch(lines[-1]):
+    return _group_line(lines)
   # A message of several lines: the first of them names the error.
   verdict = re.compile(rf"(\w+\.)*{re.escape(result.error_type)}\b")
   named = [line for line in lines if result.error_type and verdict.match(line)]
   return named[-1] if named else lines[-1]
+
+
+def _group_line(lines: list[str]) -> str:
+  """`ExceptionGroup: many (2 sub-exceptions); ValueError: a; KeyError: 1`.
+
+  The traceback of a group is a tree of boxes. In each the verdict is the first
+  line that is neither indented nor a header.
+  """
+  verdicts, is_open = [], True
+  for line in lines:
+    if _GROUP_BORDER.fullmatch(line):
+      is_open = True
+      continue
+    text = line.lstrip("|+ ") if line.startswith("+ ") else line[2:]
+    if is_open and text[:1].strip() and "Traceback (most" not in text:
+      verdicts.append(text)
+      is_open = False
+  return "; ".join(verdicts)
 
 
 def render_rstar(call: calls.ToolCall, result: Result | None) -> str:
@@ -97,6 +124,15 @@ def render_rstar(call: calls.ToolCall, result: Result | None) -> str:
   return "\n".join(lines)
 
 
+_GROUP_BORDER = re.compile(r"(\+-)?\+-{4,}( [\d.]+ -+)?")
+_EXPLAINED = frozenset(
+  {
+    layout.ToolStatus.EXIT,
+    layout.ToolStatus.CRASH,
+    layout.ToolStatus.REJECTED,
+  }
+)
+
 _STATUS_WORDS = types.MappingProxyType(
   {
     layout.ToolStatus.TIMEOUT: "Timeout",
@@ -104,7 +140,7 @@ _STATUS_WORDS = types.MappingProxyType(
     layout.ToolStatus.OUTPUT_LIMIT: "Output limit",
     layout.ToolStatus.CRASH: "Crash",
     layout.ToolStatus.RESOURCE: "Resource limit",
-    layout.ToolStatus.REJECTED: "Invalid call: bad arguments",
+    layout.ToolStatus.REJECTED: "Invalid call",
     layout.ToolStatus.INFRA: "Tool unavailable",
   }
 )

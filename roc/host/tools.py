@@ -151,8 +151,13 @@ class Toolbox:
 
   @property
   def schema(self) -> dict[str, Any]:
-    """OpenAI-style schema of the tool, for the prompt."""
-    return tool_schema(self._function, self.tool_name)
+    """OpenAI-style schema of the tool, for the prompt.
+
+    A sandbox that knows what programs find in it (`surroundings`) adds that to
+    the description.
+    """
+    note = getattr(self.sandbox, "surroundings", "")
+    return tool_schema(self._function, self.tool_name, note)
 
   def parse_turn(
     self, ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
@@ -244,7 +249,9 @@ _JSON_TYPES = types.MappingProxyType(
 
 
 def tool_schema(
-  function: Callable[..., Any] = python, name: str | None = None
+  function: Callable[..., Any] = python,
+  name: str | None = None,
+  note: str = "",
 ) -> dict[str, Any]:
   """OpenAI-style schema of a tool from its type hints and docstring.
 
@@ -252,12 +259,14 @@ def tool_schema(
     function: every parameter needs a type among str, int, float and bool, and a
       line under `Args:` in a Google-style docstring.
     name: shown instead of the function's name.
+    note: sentences that follow the description.
 
   Raises:
     ValueError: a parameter has no known type or no description.
   """
   shown = name or function.__name__
   doc = inspect.getdoc(function) or ""
+  description = doc.split("\n\n")[0].replace("\n", " ")
   properties = {}
   required = []
   for parameter in inspect.signature(function).parameters.values():
@@ -277,7 +286,7 @@ def tool_schema(
     "type": "function",
     "function": {
       "name": shown,
-      "description": doc.split("\n\n")[0].replace("\n", " "),
+      "description": f"{description} {note}".rstrip(),
       "parameters": {
         "type": "object",
         "properties": properties,

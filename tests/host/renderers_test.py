@@ -1,5 +1,7 @@
 """What the model reads: short, the same every time, never too long."""
 
+import traceback
+
 import pytest
 
 from roc import layout
@@ -42,11 +44,49 @@ TRACE = (
     ({"status": STATUS.ERROR, "error_type": "KeyError"}, "KeyError"),
     ({"status": STATUS.ERROR}, "Error"),
     ({"status": STATUS.TIMEOUT, "stdout": "1"}, "Timeout"),
+    ({"status": STATUS.TIMEOUT, "stderr": "Warning: w\n"}, "Timeout"),
     ({"status": STATUS.EXIT, "exit_code": 3}, "Exit code 3"),
+    (
+      {"status": STATUS.EXIT, "exit_code": 1, "stderr": "w\nno solution\n"},
+      "Exit code 1: no solution",
+    ),
+    ({"status": STATUS.CRASH}, "Crash"),
+    (
+      {"status": STATUS.CRASH, "stderr": "x\nThe session ended; gone.\n"},
+      "Crash: The session ended; gone.",
+    ),
+    (
+      {"status": STATUS.REJECTED, "stderr": "The code was not run: NUL."},
+      "Invalid call: The code was not run: NUL.",
+    ),
+    ({"status": STATUS.REJECTED}, "Invalid call"),
   ],
 )
 def test_compact_words(canned_result, fields, text):
   assert renderers.render_compact(CALL, canned_result(**fields)) == text
+
+
+@pytest.mark.parametrize(
+  ("raised", "text"),
+  [
+    (
+      ExceptionGroup("many", [ValueError("a"), TypeError("b\nc"), KeyError(1)]),
+      "ExceptionGroup: many (3 sub-exceptions); ValueError: a; TypeError: b;"
+      " KeyError: 1",
+    ),
+    (
+      ExceptionGroup("o", [OSError("x"), ExceptionGroup("i", [EOFError()])]),
+      "ExceptionGroup: o (2 sub-exceptions); OSError: x;"
+      " ExceptionGroup: i (1 sub-exception); EOFError",
+    ),
+  ],
+)
+def test_a_group_says_what_is_in_it(canned_result, raised, text):
+  stderr = "".join(traceback.format_exception(raised))
+  result = canned_result(
+    status=STATUS.ERROR, stderr=stderr, error_type="ExceptionGroup"
+  )
+  assert renderers.render_compact(CALL, result) == text
 
 
 @pytest.mark.parametrize("name", renderers.RENDERERS)

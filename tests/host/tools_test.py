@@ -6,7 +6,7 @@ from concurrent import futures
 import pytest
 
 from roc import layout
-from roc.host import calls, tools
+from roc.host import calls, sandbox, tools
 
 STATUS = layout.ToolStatus
 
@@ -185,3 +185,21 @@ def test_the_released_tool_wants_code_and_input():
 def test_an_unknown_tool_is_named():
   with pytest.raises(ValueError, match="'calculator' is unknown"):
     tools.Toolbox(_Recorder(), tool="calculator")
+
+
+@pytest.mark.parametrize("tool", tools.TOOLS)
+def test_the_description_says_what_there_is_and_that_there_is_no_network(tool):
+  schema = tools.Toolbox(sandbox.Sandbox(), tool=tool).schema["function"]
+  assert "numpy, sympy, scipy, mpmath are installed" in schema["description"]
+  assert schema["description"].endswith("there is no network.")
+  unsaid = tools.Toolbox(_Recorder(), tool=tool).schema["function"]
+  assert "installed" not in unsaid["description"]
+
+
+def test_what_is_said_to_be_installed_is():
+  with sandbox.Sandbox(n_workers=1) as box:
+    result = box.run(
+      "import numpy, sympy, scipy, mpmath, os\n"
+      "print(os.environ['TQDM_DISABLE'])"
+    )
+  assert result.stdout == "1\n", result

@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import dataclasses
 import hashlib
+import operator
 import time
 
 from roc import layout
@@ -67,6 +68,27 @@ class Call:
     )
 
 
+def canonical(trajectory: contract.Trajectory) -> contract.Trajectory:
+  """Returns the plain form of a rollout's name: equal names are written alike.
+
+  A numpy integer becomes an int and a numpy string a str, at any depth.
+
+  Raises:
+    ValueError: it is no string, integer or tuple of these.
+  """
+  if isinstance(trajectory, tuple):
+    return tuple(map(canonical, trajectory))
+  if isinstance(trajectory, str):
+    return str(trajectory)
+  try:
+    return int(operator.index(trajectory))  # True is 1
+  except TypeError:
+    raise ValueError(
+      "Sandbox: a trajectory is a string, an integer or a tuple of these, found"
+      f" {trajectory!r:.80}"
+    ) from None
+
+
 def session_name(trajectory: contract.Trajectory) -> str:
   """Returns the name of a trajectory's session, never empty."""
   return f"={trajectory!r}"
@@ -82,5 +104,5 @@ def seed_digest(
     trajectory: stable id of the rollout: a string, an int or a tuple of these.
     call_index: of the call in its rollout.
   """
-  text = f"{seed}\0{trajectory!r}\0{call_index}"
+  text = f"{seed}\0{canonical(trajectory)!r}\0{call_index}"
   return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -31,6 +31,7 @@ ENVIRONMENT = {
   "TZ": "UTC",
   "PYTHONHASHSEED": "0",
   "MPLBACKEND": "Agg",
+  "TQDM_DISABLE": "1",  # its bars say how fast the machine is
   "OMP_NUM_THREADS": "1",
   "OPENBLAS_NUM_THREADS": "1",
   "MKL_NUM_THREADS": "1",

@@ -5,14 +5,22 @@
 """
 
 import asyncio
-import importlib.util
 import itertools
+import operator
 import os
 import platform
 import sys
 
 from roc import layout
-from roc.host.sandbox import calls, contract, dispatch, link, plan, routing
+from roc.host.sandbox import (
+  calls,
+  contract,
+  dispatch,
+  link,
+  packages,
+  plan,
+  routing,
+)
 
 _DEFAULT_LIMITS = contract.Limits()
 
@@ -78,7 +86,7 @@ class Sandbox:
       raise ValueError(
         "Sandbox: tier 'external' is another class, ExternalSandbox"
       )
-    self._seed = seed
+    self._seed = operator.index(seed)  # numpy's integers too
     self._config = {
       "n_workers": n_workers,
       "n_sessions": max_sessions,
@@ -213,6 +221,7 @@ class Sandbox:
     why = contract.rejection(code, stdin, limits, tool)
     if why is not None:
       code, stdin, tool = "", b"", contract.TOOLS[0]
+    trajectory = calls.canonical(trajectory)
     seed = calls.seed_digest(self._seed, trajectory, call_index)
     call = calls.Call.new(
       next(self._ids), code, stdin, tool, trajectory, limits, seed
@@ -245,9 +254,14 @@ class Sandbox:
 
     A rollout that is over calls it, so that its session's memory is free.
     """
-    self._dispatcher.end_trajectory(trajectory)
+    self._dispatcher.end_trajectory(calls.canonical(trajectory))
 
   # ------------------------------------------------------------------ figures
+
+  @property
+  def surroundings(self) -> str:
+    """What a program finds inside, a sentence for the prompt."""
+    return packages.surroundings()
 
   @property
   def tier(self) -> str:
@@ -305,13 +319,8 @@ def _call_arguments(given: dict) -> dict:
 def _images(preload: tuple[str, ...]) -> dict[str, list[str]]:
   """Returns what each image is to hold, of what is installed."""
   found = {
-    name: [module for module in modules if _is_installed(module)]
+    name: [module for module in modules if packages.is_installed(module)]
     for name, modules in routing.IMAGES.items()
   }
   found = {n: m for n, m in found.items() if m or n == routing.BARE}
   return {**found, routing.BARE: list(preload)}
-
-
-def _is_installed(module: str) -> bool:
-  """Whether a module's package is there; nothing is imported to tell."""
-  return importlib.util.find_spec(module.partition(".")[0]) is not None

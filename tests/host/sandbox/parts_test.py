@@ -4,9 +4,19 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 
-from roc.host.sandbox import contract, running, scratch, verdict, wire
+from roc.host import sandbox
+from roc.host.sandbox import (
+  calls,
+  contract,
+  packages,
+  running,
+  scratch,
+  verdict,
+  wire,
+)
 from roc.layout import ToolStatus
 
 
@@ -166,3 +176,30 @@ def test_cleaning_copes_with_depth_numbers_and_locked_directories(tmp_path):
   locked.chmod(0)
   scratch.remove_directory(str(trash))
   assert not trash.exists()
+
+
+def test_numpy_integers_name_the_same_rollout():
+  plain, numpys = (3, ("a", 4)), (np.int64(3), (np.str_("a"), np.int32(4)))
+  assert repr(calls.canonical(numpys)) == repr(plain)
+  assert repr(calls.canonical(np.uint8(3))) == "3"
+  digests = {
+    sandbox.seed_digest(seed, name, index)
+    for seed in (7, np.int64(7))
+    for name in (plain, numpys)
+    for index in (2, np.int64(2))
+  }
+  assert len(digests) == 1
+  for odd in (3.0, None, [1], (1, b"x")):
+    with pytest.raises(ValueError, match="a string, an integer or a tuple"):
+      calls.canonical(odd)
+
+
+def test_the_model_is_told_what_is_installed(monkeypatch):
+  assert packages.surroundings() == (
+    "The standard library and numpy, sympy, scipy, mpmath are installed; there"
+    " is no network."
+  )
+  monkeypatch.setattr(packages, "is_installed", lambda name: name == "numpy")
+  assert "library and numpy are installed" in packages.surroundings()
+  monkeypatch.setattr(packages, "is_installed", lambda name: False)
+  assert packages.surroundings().startswith("Only the standard library is")

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from roc.host.sandbox import Limits
@@ -378,3 +379,14 @@ def test_no_address_or_path_reaches_the_model(cell):
   assert re.fullmatch(
     r"\(<object object at 0x0>, '/scratch', <built-in function open>\)\n", text
   )
+
+
+def test_a_numpy_integer_names_the_session_of_the_plain_one(strong_box):
+  name = ("numpy", np.int64(3))
+  first = strong_box.run("x = 1", tool="session", trajectory=("numpy", 3))
+  second = strong_box.run("x", tool="session", trajectory=name)
+  strong_box.end_trajectory(name)
+  third = strong_box.run("x", tool="session", trajectory=("numpy", 3))
+  strong_box.end_trajectory(("numpy", 3))
+  assert first.status == ToolStatus.OK
+  assert (second.stdout, third.error_type) == ("1\n", "NameError")
