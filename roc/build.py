@@ -184,7 +184,14 @@ def make_loop(
     score = host.make_score(toolbox.sandbox)
   except contract.SandboxError as e:
     raise errors.UserError(str(e)) from e
-  return rollout.AgentLoop(sampler, host.chat, toolbox, limits, score=score)
+  return rollout.AgentLoop(
+    sampler,
+    host.chat,
+    toolbox,
+    limits,
+    score=score,
+    temperature=settings.temperature,
+  )
 
 
 @contextlib.contextmanager

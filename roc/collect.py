@@ -56,6 +56,7 @@ class Shard:
   """Some problems of the task's order, and the file that holds them."""
 
   path: pathlib.Path
+  first: int  # place of the first problem
   problems: list[problem_lib.Problem]
 
 
@@ -184,7 +185,7 @@ def cut(
           " otherwise; set config.collect.first, n_problems and shard so that"
           " files agree, or delete that file"
         )
-    shards.append(Shard(path, part))
+    shards.append(Shard(path, first, part))
   return shards
 
 
@@ -252,6 +253,9 @@ def _draw(
         c.samples,
         seed=cfg.seed,
         step=c.step,
+        first=shard.first,
+        drawn_by="rollout",
+        stream=c.step,
         on_finished=show,
       )
       spent.wall += time.perf_counter() - start

@@ -129,8 +129,8 @@ class CollectConfig:
   n_problems: int = 64  # problems from there
   samples: int = 8  # rollouts per problem
   shard: int = 32  # problems per file
-  # Stands for the number of a step in the random streams: another value gives
-  # other rollouts. Training counts from 1, evaluation has 2**31 - 1.
+  # Number of the random stream: another value gives other rollouts. Training
+  # has 0, evaluation 2**31 - 1.
   step: int = 2**31 - 2
 
 

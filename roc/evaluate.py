@@ -26,8 +26,8 @@ from roc.host import episode as episode_lib
 from roc.host import rewards, tools
 from roc.host.tasks import problem as problem_lib
 
-# Steps count up from 0, so this stream of random numbers is nobody else's.
-EVAL_STEP = 2**31 - 1
+# Of random numbers: the same for every evaluation, and nobody else's.
+STREAM = 2**31 - 1
 # Enough for the longest answer; not more, where a slot has no room for it.
 _HEAD_TOKENS = 24
 
@@ -65,10 +65,16 @@ class Evaluator:
   def run(
     self,
     params: Any,
+    step: int = 0,
     *,
     on_finished: Callable[[int, int], None] | None = None,
   ) -> tuple[dict[str, float], list[list[episode_lib.Episode]]]:
     """Evaluates parameters.
+
+    Args:
+      params: all of them.
+      step: of training, that left them; only recorded.
+      on_finished: see `AgentLoop.run`.
 
     Returns:
       Metrics `eval/...` and the episodes, one list for each problem.
@@ -79,7 +85,9 @@ class Evaluator:
       self._problems,
       e.samples,
       seed=self._cfg.seed,
-      step=EVAL_STEP,
+      step=step,
+      drawn_by="evaluate",
+      stream=STREAM,
       on_finished=on_finished,
     )
     row = {f"eval/heldout/{k}": v for k, v in summarise(groups).items()}
@@ -122,7 +130,7 @@ def draw_from_head(
     sampling.rollout_keys(
       seed,
       0,
-      jnp.asarray([p.index for p in problems]),
+      jnp.arange(len(problems)),
       jnp.zeros(len(problems), jnp.int32),
     )
   )
@@ -246,7 +254,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     build.check_answers(host, sandbox)
     evaluator = Evaluator(cfg, policy, host, host.make_toolbox(sandbox))
     row, groups = evaluator.run(
-      loaded.params, on_finished=lambda n, _: bar.update(n)
+      loaded.params, loaded.step, on_finished=lambda n, _: bar.update(n)
     )
   (workdir / "eval.json").write_text(json.dumps(row, indent=1) + "\n")
   with (workdir / "eval_rollouts.jsonl").open("w") as out:

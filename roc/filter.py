@@ -177,9 +177,9 @@ def _paths(names: Sequence[str]) -> list[pathlib.Path]:
       continue
     if (path / "rollouts").is_dir():
       path /= "rollouts"
-    # A run's step 0 is its evaluation: nothing is filtered there.
+    # Nothing is filtered in an evaluation.
     found = sorted(
-      p for p in path.glob("*.jsonl") if p != traces.path_of(path.parent, 0)
+      p for p in path.glob("*.jsonl") if not traces.is_evaluation(p)
     )
     if not found:
       raise errors.UserError(

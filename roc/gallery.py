@@ -80,8 +80,6 @@ def exhibits(folder: pathlib.Path) -> list[Exhibit]:
     digits = path.stem.removeprefix("step_")
     if digits.isdigit():
       steps[int(digits)] = path
-  # Step 0 is the evaluation before training: nothing is filtered there.
-  steps = {s: path for s, path in steps.items() if s > 0} or steps
   shown = []
   for step in sorted({min(steps), max(steps)}) if steps else ():
     groups = _groups(steps[step])
@@ -104,7 +102,7 @@ def _groups(path: pathlib.Path) -> list[list[Trace]]:
     except ValueError:
       continue
     if isinstance(trace, dict):
-      groups.setdefault(trace.get("task_index"), []).append(trace)
+      groups.setdefault(trace.get("place"), []).append(trace)
   return list(groups.values())
 
 

@@ -226,7 +226,9 @@ def _with_tool(
       toolbox = tools.Toolbox(
         started, tool=values.tool, renderer=values.renderer, max_chars=4096
       )
-      loop = rollout.AgentLoop(sampler, chat, toolbox, limits)
+      loop = rollout.AgentLoop(
+        sampler, chat, toolbox, limits, temperature=values.temperature
+      )
       (group,), _ = loop.run([asked], values.n, seed=values.seed, step=0)
   except sandbox.SandboxError as e:
     raise errors.UserError(f"the tool cannot run: {e}") from e

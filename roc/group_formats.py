@@ -121,7 +121,7 @@ def _trace(row: Any) -> Parsed:
     raise BadLineError(
       f"'outcome' must be one of {', '.join(_OUTCOMES)}, not {_short(outcome)}"
     )
-  step, index = _int(row, "step"), _int(row, "task_index")
+  step, place = _int(row, "step"), _int(row, "place")
   rollout = Rollout(
     _int(row, "rollout_id"),
     _OUTCOMES[outcome],
@@ -130,7 +130,10 @@ def _trace(row: Any) -> Parsed:
     len(_list(row, "answers")),
     _int(row, "n_turns"),
   )
-  return Group(f"{step}:{index}", index, step), [rollout]
+  name = f"{step}:{place}"
+  if row.get("drawn_by") == "evaluate":  # its places are not the run's
+    name = f"eval:{name}"
+  return Group(name, place, step), [rollout]
 
 
 def _minimal(row: Any) -> Parsed:

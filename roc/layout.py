@@ -123,5 +123,5 @@ TRAJECTORY_FIELDS = {
   "rollout_id": Field(
     "int32", "NO", "stable index 0..O-1 in the group, not completion order"
   ),
-  "task_index": Field("int32", "N", "stable index of the task"),
+  "place": Field("int32", "N", "place of the problem in the run's order"),
 }

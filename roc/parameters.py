@@ -111,6 +111,7 @@ class Loaded:
   """Parameters and the checkpoint that they came from."""
 
   params: Any
+  step: int
   name: str  # its step and checksum, as a record keeps them
   where: str  # a line for people
 
@@ -137,18 +138,18 @@ def load_policy(
   """
   abstract = {"params": _abstract(policy.abstract_params, mesh)}
   if not policy.lora.rank:
-    found, *names = _restore(source, abstract, step)
-    return Loaded(found["params"], *names)
+    found, step, name, where = _restore(source, abstract, step)
+    return Loaded(found["params"], step, name, where)
   adapters = jax.eval_shape(policy.init_adapters, jax.random.key(0))
   abstract = {
     "params": _abstract(adapters, mesh),
     "base": jax.ShapeDtypeStruct((2,), jnp.uint32),
   }
-  found, name, where = _restore(source, abstract, step)
+  found, step, name, where = _restore(source, abstract, step)
   params, _ = lora.split(first_params(cfg, policy, mesh))
   base, seal_2 = jax.jit(lambda x: lora.sealed(x, policy.lora))(params)
   _check_base(cfg, name, seal_2, found["base"])
-  return Loaded(lora.join(base, found["params"]), name, where)
+  return Loaded(lora.join(base, found["params"]), step, name, where)
 
 
 def _load_run(
@@ -179,8 +180,8 @@ def _config_of(source: str | places.Path) -> config_lib.Config | None:
 
 def _restore(
   source: str | places.Path, abstract: dict[str, Any], step: int | None
-) -> tuple[dict[str, Any], str, str]:
-  """The parts of a state that were asked for; `Loaded.name` and `where`."""
+) -> tuple[dict[str, Any], int, str, str]:
+  """The parts of a state that were asked for; `Loaded.step` and so on."""
   checkpoints = checkpoint.Checkpoints(_directory(source))
   restored = checkpoints.restore(abstract, step, is_partial=True)
   if restored is None:
@@ -193,6 +194,7 @@ def _restore(
   found = checkpoints.path(restored.step)
   return (
     restored.state,
+    restored.step,
     f"step {restored.step}, {manifest.fingerprint(found)}",
     f"parameters from {found}" + (f" ({notes})" if notes else ""),
   )

@@ -3,7 +3,8 @@
 A directory of *.jsonl files, each line an `Episode` as `rollout` and `train`
 write them. All of it is read and checked once, before any work starts; what
 stays in memory is where each rollout lies. Groups are the rollouts of one
-(step, task_index), in the order in which they first appear, files by name.
+(step, place), in the order in which they first appear, files by name. Used
+again, a group belongs to the step and the place where it is used.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from roc.host import episode as episode_lib
 _ROLES = frozenset(role.value for role in layout.Role if role != 0)
 _MEND = "mend or delete that line"
 
-Key = tuple[int, int]  # (step, task_index)
+Key = tuple[int, int]  # (step, place), as drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Needs:
   vocab_size: int  # of the model
   max_length: int  # tokens of an episode
   max_calls: int  # tool calls of an episode
-  not_of_step: int  # rollouts of this step are passed over: evaluation's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,33 +92,41 @@ class Replay:
       text += f"; they start over from the first in step {step}"
     return text
 
-  def groups(self, start: int, count: int) -> list[list[episode_lib.Episode]]:
+  def groups(
+    self, start: int, count: int, step: int
+  ) -> list[list[episode_lib.Episode]]:
     """Groups start .. start + count - 1 of the endless order, read anew.
 
     Returns:
       `count` lists of `needs.n_drawn` episodes: the first by rollout id,
-      numbered 0..n_drawn - 1, without what an earlier filter made of them.
+      numbered 0..n_drawn - 1, at places start .. start + count - 1 of `step`,
+      without what an earlier filter made of them.
 
     Raises:
       errors.UserError: a file is not as it was when it was checked.
     """
     return [
-      self._group(self._keys[i % len(self)], group_index=i - start)
+      self._group(
+        self._keys[i % len(self)], group_index=i - start, place=i, step=step
+      )
       for i in range(start, start + count)
     ]
 
-  def _group(self, key: Key, group_index: int) -> list[episode_lib.Episode]:
+  def _group(
+    self, key: Key, group_index: int, place: int, step: int
+  ) -> list[episode_lib.Episode]:
     group = []
-    for _, place in sorted(self._places[key].items())[: self.needs.n_drawn]:
+    for _, at in sorted(self._places[key].items())[: self.needs.n_drawn]:
       try:
-        with place.path.open("rb") as f:
-          f.seek(place.offset)
-          line = f.read(place.size).decode()
-        e = episode_lib.Episode.from_json(line, str(place))
+        with at.path.open("rb") as f:
+          f.seek(at.offset)
+          line = f.read(at.size).decode()
+        e = episode_lib.Episode.from_json(line, str(at))
       except (OSError, ValueError) as error:
         raise errors.UserError(
-          f"{place} has changed since it was checked ({error}); start again"
+          f"{at} has changed since it was checked ({error}); start again"
         ) from error
+      e.step, e.place = step, place
       e.group_index, e.rollout_id = group_index, len(group)
       e.kept = e.advantage = e.p_err = e.p_format = e.p_total = None
       e.why = ""
@@ -164,16 +172,16 @@ class Replay:
       raise errors.UserError(
         f"{place} is no rollout ({text}); {_MEND}"
       ) from error
-    if e.step == self.needs.not_of_step:
+    if e.drawn_by == "evaluate":
       self._n_passed_over += 1
       return
     fault = _fault(e, self.needs)
     if fault:
       raise errors.UserError(f"{place}: {fault}")
-    group = self._places.setdefault((e.step, e.task_index), {})
+    group = self._places.setdefault((e.step, e.place), {})
     if e.rollout_id in group:
       raise errors.UserError(
-        f"{place}: step {e.step}, problem {e.task_index}, rollout"
+        f"{place}: step {e.step}, place {e.place}, rollout"
         f" {e.rollout_id} is also {group[e.rollout_id]}; delete one of the"
         " two, and keep the rollouts of different runs in different directories"
       )
@@ -187,11 +195,11 @@ class Replay:
         " that `rollout` or `train` wrote"
       )
     n = self.needs.n_drawn
-    for (step, task_index), group in self._places.items():
+    for (step, at), group in self._places.items():
       if len(group) < n:
         path = next(iter(group.values())).path
         raise errors.UserError(
-          f"{path}: the group of step {step}, problem {task_index} has"
+          f"{path}: the group of step {step}, place {at} has"
           f" {len(group)} of the {n} rollouts that config.filter.n_drawn asks"
           " for; lower n_drawn (and n_kept), or draw more with `rollout`"
         )
@@ -227,7 +235,7 @@ def _fault(e: episode_lib.Episode, needs: Needs) -> str:
     return f"a role is not one of {sorted(_ROLES)}; {_MEND}"
   if not all(map(math.isfinite, (*e.logprobs, e.reward))):
     return f"a log-prob or the reward is not a finite number; {_MEND}"
-  for name in ("task_index", "rollout_id", "n_turns"):
+  for name in ("place", "rollout_id", "n_turns"):
     if not 0 <= getattr(e, name) < 2**31:
       return f"{name} {getattr(e, name)} is out of range; {_MEND}"
   return ""

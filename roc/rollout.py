@@ -83,6 +83,8 @@ class _Live:
   """A rollout on its way."""
 
   episode: episode_lib.Episode
+  # In the sandbox, the same in every run: stream, place and rollout id.
+  trajectory: tuple[int, int, int]
   key: np.ndarray
   budget: int
   turn: list[int] = dataclasses.field(default_factory=list)
@@ -103,6 +105,7 @@ class AgentLoop:
     *,
     score: rewards.Score = rewards.score,
     system: str = "",
+    temperature: float = 1.0,
   ):
     """Builds the loop.
 
@@ -114,6 +117,7 @@ class AgentLoop:
       score: judges answers, called as `rewards.score` is; it must not block,
         and may return the future of its verdict.
       system: system text of every prompt.
+      temperature: of the sampler, which episodes record.
     """
     self.sampler = sampler
     self.score = score
@@ -121,6 +125,7 @@ class AgentLoop:
     self.toolbox = toolbox
     self.limits = limits
     self.system = system
+    self.temperature = temperature
     self._is_cancelled = threading.Event()
     self._text_s = 0.0
 
@@ -138,6 +143,9 @@ class AgentLoop:
     *,
     seed: int,
     step: int,
+    first: int = 0,
+    drawn_by: str = "train",
+    stream: int = 0,
     on_finished: Callable[[int, int], None] | None = None,
   ) -> tuple[list[list[episode_lib.Episode]], Timing]:
     """Draws `n_rollouts` trajectories for each problem.
@@ -145,9 +153,13 @@ class AgentLoop:
     Args:
       problems: N of them.
       n_rollouts: O.
-      seed: with `step`, the problem's index and the rollout's id it decides
+      seed: with `stream`, the problem's place and the rollout's id it decides
         every token.
-      step: number of the training step.
+      step: number of the training step; only recorded.
+      first: place of the first problem in the run's order. Another epoch, or
+        another row with the same text, is another place.
+      drawn_by: `Episode.drawn_by`.
+      stream: of random numbers; training's is 0.
       on_finished: called with (finished, all) as rollouts end.
 
     Returns:
@@ -156,9 +168,10 @@ class AgentLoop:
     self._is_cancelled.clear()
     self._text_s = 0.0
     start = time.perf_counter()
-    lives = list(self._new(problems, n_rollouts, seed, step))
+    lives = list(self._new(problems, n_rollouts, seed, stream, first))
     groups = [[] for _ in problems]
     for live in lives:
+      live.episode.step, live.episode.drawn_by = step, drawn_by
       groups[live.episode.group_index].append(live.episode)
     handles = self.sampler.submit(
       [engine_lib.Request(r.episode.token_ids, r.key, r.budget) for r in lives]
@@ -196,12 +209,12 @@ class AgentLoop:
       if was_idle and not is_in_flight and not n_done:
         batch.timing.tools += self._wait_for_any(batch.running.values())
 
-  def _new(self, problems, n_rollouts, seed, step) -> Iterable[_Live]:
-    task_B = np.repeat([p.index for p in problems], n_rollouts)
+  def _new(self, problems, n_rollouts, seed, stream, first) -> Iterable[_Live]:
+    place_B = np.repeat(first + np.arange(len(problems)), n_rollouts)
     rollout_B = np.tile(np.arange(n_rollouts), len(problems))
     key_B2 = np.asarray(
       sampling.rollout_keys(
-        seed, step, jnp.asarray(task_B), jnp.asarray(rollout_B)
+        seed, stream, jnp.asarray(place_B), jnp.asarray(rollout_B)
       )
     )
     prompts = [
@@ -214,15 +227,17 @@ class AgentLoop:
       episode = episode_lib.Episode(
         task_id=problem.id,
         task_index=problem.index,
+        place=first + group,
         question=problem.question,
         gold=problem.answer,
         kind=problem.kind,
         group_index=group,
         rollout_id=rollout,
-        step=step,
+        temperature=self.temperature,
       )
       episode.append_prompt(prompts[group])
-      yield _Live(episode, key, self.limits.max_tokens)
+      name = (stream, first + group, rollout)
+      yield _Live(episode, name, key, self.limits.max_tokens)
 
   def _on_text(self, work: Callable[..., Any], *args: Any) -> Any:
     """Does work on text, its time counted."""
@@ -325,7 +340,7 @@ class AgentLoop:
     for call in live.calls:
       self.toolbox.cancel(call)
     live.calls = []
-    self.toolbox.end_trajectory(_trajectory(live.episode))
+    self.toolbox.end_trajectory(live.trajectory)
 
   def _abandon(self, batch: "_Batch") -> None:
     """Leaves sampler and sandbox as they were, whatever interrupted the run."""
@@ -364,10 +379,11 @@ class AgentLoop:
     if room <= 0:
       e.stop(layout.StopReason.MAX_TURNS)
       return
-    name = _trajectory(e)
     live.calls_since = time.monotonic()
     live.calls = [
-      self.toolbox.submit(call, trajectory=name, call_index=n_before + i)
+      self.toolbox.submit(
+        call, trajectory=live.trajectory, call_index=n_before + i
+      )
       for i, call in enumerate(calls_lib.limit(calls, room))
     ]
 
@@ -393,8 +409,3 @@ class _Batch:
   judging: list[tuple[episode_lib.Episode, futures.Future]] = dataclasses.field(
     default_factory=list
   )
-
-
-def _trajectory(episode: episode_lib.Episode) -> tuple[int, int, int]:
-  """The rollout's name in the sandbox, the same in every run."""
-  return (episode.step, episode.task_index, episode.rollout_id)

@@ -2,9 +2,10 @@
 
 A step draws O rollouts for each of N problems with the policy and the Python
 tool, keeps G of each group, and makes one or more updates on the rows that
-remain. Everything random is a function of (seed, step, problem, rollout), and a
-checkpoint holds all that a step changes, so a run that is killed at any moment
-and started again continues as if nothing had happened.
+remain. Everything random is a function of the seed, the step, the problem's
+place in the run's order and the rollout's id, and a checkpoint holds all that a
+step changes, so a run that is killed at any moment and started again continues
+as if nothing had happened.
 """
 
 import dataclasses
@@ -154,16 +155,15 @@ class Trainer:
   def _draw(self, params: Any, step: int):
     f, t = self.cfg.filter, self.cfg.train
     if self._saved is not None:
-      groups = self._saved.groups(self.cursor.next_problem, t.prompts)
+      groups = self._saved.groups(self.cursor.next_problem, t.prompts, step)
       return groups, rollout.Timing()
-    problems = self._host.train_task.problems(
-      self.cursor.next_problem, t.prompts
-    )
+    first = self.cursor.next_problem
+    problems = self._host.train_task.problems(first, t.prompts)
     build.check_prompts(self._loop, problems, self.cfg.sampling.cache_length)
     self._loop.sampler.set_params(params)
     self._loop.sampler.stats()  # what an evaluation in between did
     groups, timing = self._loop.run(
-      problems, f.n_drawn, seed=self.cfg.seed, step=step
+      problems, f.n_drawn, seed=self.cfg.seed, step=step, first=first
     )
     if timing.n_broken:
       n_drawn = sum(map(len, groups))
@@ -286,7 +286,6 @@ def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
     vocab_size=policy.n_ids or policy.config.vocab_size,
     max_length=cfg.train.buckets[-1],
     max_calls=cfg.sampling.max_calls,
-    not_of_step=evaluate.EVAL_STEP,
   )
   saved = replay.Replay(pathlib.Path(cfg.train.replay), needs)
   build.say(saved.about(cfg.train.steps, cfg.train.prompts))
@@ -348,6 +347,12 @@ def _loop(
   """Steps start + 1 to the last: train, evaluate, write down, save."""
   cfg = trainer.cfg
   n_steps, saved_step = cfg.train.steps, start or None
+
+  def evaluated(state: step_lib.TrainState, step: int) -> dict[str, float]:
+    row, groups = trainer.evaluator.run(trainer.params(state), step)
+    traces.write(traces.evaluation_path(workdir, step), groups, tokenizer)
+    return row
+
   with (
     runlog.MetricsLog(
       workdir, restored_step=saved_step, tensorboard=cfg.log.tensorboard
@@ -358,9 +363,7 @@ def _loop(
   ):
     if not start:
       bar.phase("evaluation")
-      row, groups = trainer.evaluator.run(trainer.params(state))
-      log.write(0, row)
-      traces.write(traces.path_of(workdir, 0), groups, tokenizer)
+      log.write(0, row := evaluated(state, 0))
       bar.update(0, row)
     for step in range(start + 1, n_steps + 1):
       state, row, groups = trainer.step(state, step, bar)
@@ -369,7 +372,7 @@ def _loop(
         traces.write(traces.path_of(workdir, step), groups, tokenizer)
       if is_last or _is_due(step, cfg.eval.every):
         bar.phase("evaluation")
-        row |= trainer.evaluator.run(trainer.params(state))[0]
+        row |= evaluated(state, step)
       log.write(step, row)
       bar.update(step, row)
       if is_last or _is_due(step, cfg.checkpoint.every):

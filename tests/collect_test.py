@@ -123,7 +123,7 @@ def test_each_file_holds_the_rollouts_of_its_problems(drawn):
     for e in episode_lib.read_episodes(drawn / name):
       assert e.stop_reason is not None and e.n_model_tokens > 0
       assert e.step == settings().collect.step and e.kept is None
-      seen.append((e.task_index, e.rollout_id))
+      seen.append((e.place, e.rollout_id))
   assert seen == [(i, o) for i in (1, 2, 3) for o in (0, 1)]
   line = json.loads((drawn / NAMES[0]).read_text().splitlines()[0])
   roles = [message["role"] for message in line["messages"]]

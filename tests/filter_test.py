@@ -73,9 +73,9 @@ TRANSCRIPTS = [
 ]
 
 
-def make_episode(rng, task_index, rollout_id, at_step=3):
+def make_episode(rng, place, rollout_id, at_step=3):
   e = episode.Episode(
-    task_index=task_index, rollout_id=rollout_id, step=at_step,
+    place=place, rollout_id=rollout_id, step=at_step,
     token_ids=[1, 2], roles=[1, 2], logprobs=[0.0, -0.5],
     n_turns=rng.randint(1, 4), answers=["4"] * rng.randint(0, 3),
     stop_reason=layout.StopReason.ANSWERED,
@@ -120,7 +120,7 @@ def test_the_choice_is_the_trainer_s(tmp_path, mode):
   found = choice.penalties(read)
   keep = choice.choose(read, found.p_total, choice.Rule(mode, 4, 5, 0.05))
   for n, group in enumerate(drawn):
-    at = _members(read, f"3:{group[0].task_index}")
+    at = _members(read, f"3:{group[0].place}")
     np.testing.assert_array_equal(keep[at], selected.keep_NO[n])
     for name in ("p_err", "p_format", "p_total"):
       expected = getattr(selected.penalties, f"{name}_NO")[n]
@@ -275,7 +275,7 @@ def test_kept_traces_are_traces_with_this_choice(tmp_path, capsys):
   expected = [r for r in shown if r["kept"]]
   found = list(episode.read_episodes(kept))
   assert 0 < len(found) < len(drawn)
-  assert [f"3:{e.task_index} {e.rollout_id}" for e in found] == [
+  assert [f"3:{e.place} {e.rollout_id}" for e in found] == [
     f"{r['group']} {r['rollout']}" for r in expected
   ]
   for e, row in zip(found, expected, strict=True):
@@ -296,13 +296,18 @@ def test_directory_without_its_evaluation(tmp_path, capsys):
   rng = random.Random(0)
   rollouts = tmp_path / "rollouts"
   rollouts.mkdir()
-  for at_step, n in ((0, 1), (1, 4), (2, 4)):
+  for name, at_step, n in (("eval", 1, 1), ("step", 1, 4), ("step", 2, 4)):
     group = [make_episode(rng, 7, o, at_step) for o in range(n)]
+    for e in group:
+      e.drawn_by = "evaluate" if name == "eval" else "train"
     text = "\n".join(e.to_json() for e in group)
-    (rollouts / f"step_{at_step:06d}.jsonl").write_text(text)
+    (rollouts / f"{name}_{at_step:06d}.jsonl").write_text(text)
   (tmp_path / "metrics.jsonl").write_text('{"step": 0}')
   for directory in (rollouts, tmp_path):  # the rollouts of a run, the run
     assert rows_of(capsys, directory)[0]["groups"] == 2
+  both = [rollouts / f"{name}_000001.jsonl" for name in ("eval", "step")]
+  names = [g.name for g in groups.read(both).groups]
+  assert names == ["eval:1:7", "1:7"]
 
 
 GOOD = json.dumps(minimal("a", True))

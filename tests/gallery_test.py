@@ -3,7 +3,7 @@ from tests import runs
 
 
 def test_first_and_last_step_are_shown(tmp_path):
-  for step in (0, 3, 20, 100):
+  for step in (3, 20, 100):
     runs.write_traces(tmp_path, step, [runs.trace(0)])
   (tmp_path / "rollouts" / "step_bad.jsonl").write_text("x")
   headings = [e.heading for e in gallery.exhibits(tmp_path / "rollouts")]
@@ -20,12 +20,12 @@ def test_nothing_to_show(tmp_path):
 
 
 def test_the_most_telling_problem_is_chosen(tmp_path):
-  dull = [runs.trace(i, task_index=1) for i in range(4)]
+  dull = [runs.trace(i, place=1) for i in range(4)]
   telling = [
-    runs.trace(0, task_index=2, kept=True, p_total=0.0),
-    runs.trace(1, task_index=2, kept=False, p_total=0.5),
-    runs.trace(2, task_index=2, outcome="wrong", kept=True),
-    runs.trace(3, task_index=2, outcome="wrong", kept=False),
+    runs.trace(0, place=2, kept=True, p_total=0.0),
+    runs.trace(1, place=2, kept=False, p_total=0.5),
+    runs.trace(2, place=2, outcome="wrong", kept=True),
+    runs.trace(3, place=2, outcome="wrong", kept=False),
   ]
   runs.write_traces(tmp_path, 1, dull + telling)
   (exhibit,) = gallery.exhibits(tmp_path / "rollouts")
@@ -66,7 +66,7 @@ def test_statuses_are_not_guessed_when_an_answer_left_no_text(tmp_path):
 def test_a_run_that_is_still_writing_is_read(tmp_path):
   runs.write_traces(tmp_path, 1, [runs.trace(0, kept=None, p_total=None)])
   with (tmp_path / "rollouts" / "step_000001.jsonl").open("a") as f:
-    f.write('{"task_index": 7, "rollo')
+    f.write('{"place": 7, "rollo')
   (exhibit,) = gallery.exhibits(tmp_path / "rollouts")
   (view,) = exhibit.views
   assert view.fate == "not filtered"

@@ -21,7 +21,6 @@ from roc import (
   cli,
   config,
   errors,
-  evaluate,
   layout,
   main,
   progress,
@@ -41,16 +40,15 @@ NEEDS = replay.Needs(
   vocab_size=100,
   max_length=12,
   max_calls=2,
-  not_of_step=evaluate.EVAL_STEP,
 )
 Role = layout.Role
 
 
-def episode(step, task_index, rollout_id, **changes):
+def episode(step, place, rollout_id, **changes):
   """A rollout of 3 + 5 tokens with a call and an answer."""
   made = episode_lib.Episode(
-    task_id=f"t{task_index}",
-    task_index=task_index,
+    task_id=f"t{place}",
+    place=place,
     question="What is 2 * 3?",
     gold="6",
     group_index=9,
@@ -86,8 +84,8 @@ def write(directory, **files):
   return directory
 
 
-def keys(groups):
-  return [(g[0].step, g[0].task_index) for g in groups]
+def tasks(groups):
+  return [g[0].task_id for g in groups]
 
 
 # --------------------------------------------------------------------- order
@@ -104,16 +102,21 @@ def test_groups_come_in_the_order_of_files_and_lines(tmp_path):
   )
   (tmp_path / "a.unfinished").write_text("half a li")
   saved = replay.Replay(tmp_path, NEEDS)
-  order = [(2, 5), (9, 4), (1, 8), (1, 2)]
-  assert len(saved) == 4 and keys(saved.groups(0, 4)) == order
-  assert keys(saved.groups(2, 5)) == [*order[2:], *order[:3]]
-  (group,) = saved.groups(401, 1)
+  order = ["t5", "t4", "t8", "t2"]
+  assert len(saved) == 4 and tasks(saved.groups(0, 4, 1)) == order
+  again = saved.groups(2, 5, step=7)
+  assert tasks(again) == [*order[2:], *order[:3]]
+  # A group that comes twice is another one each time.
+  assert [(e.step, e.place) for g in again for e in g[:1]] == [
+    (7, place) for place in range(2, 7)
+  ]
+  (group,) = saved.groups(401, 1, 2)
   assert [e.rollout_id for e in group] == [0, 1]
 
 
 def test_the_first_rollouts_are_taken_and_earlier_decisions_forgotten(tmp_path):
   write(tmp_path, a=[episode(1, 3, o) for o in (11, 4, 0, 7)])
-  (_, group) = replay.Replay(tmp_path, NEEDS).groups(0, 2)
+  (_, group) = replay.Replay(tmp_path, NEEDS).groups(0, 2, 1)
   assert [e.token_ids[3] for e in group] == [20, 24]  # rollouts 0 and 4
   for place, e in enumerate(group):
     assert (e.group_index, e.rollout_id) == (1, place)
@@ -123,10 +126,10 @@ def test_the_first_rollouts_are_taken_and_earlier_decisions_forgotten(tmp_path):
 
 
 def test_rollouts_of_evaluations_are_passed_over(tmp_path):
-  held_out = [episode(evaluate.EVAL_STEP, i, 0) for i in range(3)]
+  held_out = [episode(1, i, 0, drawn_by="evaluate") for i in range(3)]
   write(tmp_path, a=held_out, b=[episode(1, 1, o) for o in (0, 1)])
   saved = replay.Replay(tmp_path, NEEDS)
-  assert keys(saved.groups(0, 1)) == [(1, 1)] and len(saved) == 1
+  assert tasks(saved.groups(0, 1, 1)) == ["t1"] and len(saved) == 1
   assert "3 rollouts of evaluations passed over" in saved.about(1, 1)
   (tmp_path / "b.jsonl").unlink()
   with pytest.raises(errors.UserError, match="no rollout to train on .3 of ev"):
@@ -170,15 +173,15 @@ def test_identity_is_the_contents(tmp_path):
     ({"roles": [0] * 8}, "a role is not one of"),
     ({"logprobs": [math.nan] * 8}, "not a finite number; mend or delete"),
     ({"reward": math.inf}, "not a finite number"),
-    ({"task_index": 2**31}, "task_index 2147483648 is out of range"),
+    ({"place": 2**31}, "place 2147483648 is out of range"),
     (
       {"tool_records": episode(1, 1, 0).tool_records * 3},
       "has 3 tool calls and config.sampling.max_calls is 2; raise",
     ),
-    ({"rollout_id": 0}, r"problem 1, rollout 0 is also .*a.jsonl line 1; del"),
+    ({"rollout_id": 0}, r"place 1, rollout 0 is also .*a.jsonl line 1; del"),
     (
-      {"task_index": 2},
-      "step 1, problem 1 has 1 of the 2 rollouts that .*n_drawn asks for; low",
+      {"place": 2},
+      "step 1, place 1 has 1 of the 2 rollouts that .*n_drawn asks for; low",
     ),
   ],
 )
@@ -224,7 +227,7 @@ def test_a_file_that_changes_meanwhile(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text(path.read_text()[10:])
   with pytest.raises(errors.UserError, match="line 1 has changed since"):
-    saved.groups(0, 1)
+    saved.groups(0, 1, 1)
 
 
 # ----------------------------------------------------------------- the flag
@@ -326,7 +329,8 @@ def test_a_step_needs_neither_engine_nor_sandbox(tmp_path, monkeypatch):
     assert [len(g) for g in groups] == [4, 4]
     assert {e.why for g in groups for e in g} & {"kept: because"} == set()
   # Groups 2 and, from the start again, 0.
-  assert keys(groups) == [(7, 2), (7, 0)]
+  assert tasks(groups) == ["t2", "t0"]
+  assert [(g[0].step, g[0].place) for g in groups] == [(2, 2), (2, 3)]
   assert trainer.cursor.next_problem == 4
 
 
@@ -466,4 +470,8 @@ def test_killed_and_started_again(ran, tmp_path):
   assert_same_run(cfg, tmp_path / "killed", tmp_path / "whole")
   lines = traces.path_of(tmp_path / "whole", 4).read_text().splitlines()
   # After 6 groups the order starts over: step 4 has the groups of step 1.
-  assert {json.loads(line)["step"] for line in lines} == {1}
+  first = traces.path_of(tmp_path / "whole", 1).read_text().splitlines()
+  for line, again in zip(first, lines, strict=True):
+    was, now = json.loads(line), json.loads(again)
+    assert was["token_ids"] == now["token_ids"]
+    assert (now["step"], now["place"]) == (4, was["place"] + 6)

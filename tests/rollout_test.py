@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc import evaluate, layout, rollout, scripted
+from roc import evaluate, layout, replay, rollout, scripted
+from roc import groups as groups_lib
 from roc.device import sampling
 from roc.host import chat as chat_lib
-from roc.host import rewards, tools
+from roc.host import pack, rewards, tools, traces
 from roc.host import tokenizer as tokenizer_lib
 from roc.host.tasks import problem
 
 Status, Stop, Role = layout.ToolStatus, layout.StopReason, layout.Role
 SEED, STEP = 3, 5
+FIRST, STREAM = 40, 2  # place of the first problem, stream of the draws
 
 
 # ------------------------------------------------------------------ scripts
@@ -152,11 +154,11 @@ class World:
       problem.Problem(f"p{n}", 100 + n, f"{n}+{n}", str(2 * n), "sum")
       for n in range(len(texts))
     ]
-    task_B = np.repeat([p.index for p in self.problems], self.n_rollouts)
+    place_B = np.repeat(FIRST + np.arange(len(texts)), self.n_rollouts)
     rollout_B = np.tile(np.arange(self.n_rollouts), len(texts))
     keys_B2 = np.asarray(
       sampling.rollout_keys(
-        SEED, STEP, jnp.asarray(task_B), jnp.asarray(rollout_B)
+        SEED, STREAM, jnp.asarray(place_B), jnp.asarray(rollout_B)
       )
     )
     flat = [turns for group in texts for turns in group]
@@ -182,7 +184,11 @@ class World:
   def draw(self, **kwargs):
     """Runs the loop that was built."""
     groups, self.timing = self.loop.run(
-      self.problems, self.n_rollouts, seed=SEED, step=STEP, **kwargs
+      self.problems,
+      self.n_rollouts,
+      seed=SEED,
+      step=STEP,
+      **{"first": FIRST, "stream": STREAM, **kwargs},
     )
     assert self.sampler.n_rollouts == 0
     return groups
@@ -260,7 +266,8 @@ def test_answered_at_once(chat, say):
   assert episode.stop_reason == Stop.ANSWERED and not episode.is_truncated
   assert episode.outcome == layout.Outcome.CORRECT and episode.reward == 1.0
   assert episode.n_turns == 1 and episode.answers == ["0"]
-  assert episode.task_index == 100 and episode.step == STEP
+  assert (episode.task_index, episode.place) == (100, FIRST)
+  assert (episode.step, episode.drawn_by) == (STEP, "train")
   prompt = chat.prompt_ids("0+0")
   assert episode.token_ids == prompt + say.answer("0")
   assert episode.roles == [Role.PROMPT] * len(prompt) + [Role.MODEL] * len(
@@ -289,7 +296,7 @@ def test_a_call_and_its_answer(chat, say):
   assert episode.tool_records[0].text == "<print(0)>"
   # The tool's random numbers are seeded by who calls and for the how manieth
   # time.
-  assert world.sandbox.asked == [("print(0)", (STEP, 100, 0), 0)]
+  assert world.sandbox.asked == [("print(0)", (STREAM, FIRST, 0), 0)]
 
 
 def test_max_turns(chat, say):
@@ -757,7 +764,7 @@ def test_cancel_ends_all_that_is_under_way(chat, say):
   # The one that spoke had its first chunk drawn, which nobody read.
   assert len(world.sampler.fed[3]) == n_prompt + 40
   assert world.sandbox.cancelled == ["never", "cancel"]
-  assert world.sandbox.ended == [(STEP, 100, o) for o in range(6)]
+  assert world.sandbox.ended == [(STREAM, FIRST, o) for o in range(6)]
   # The next run is not cancelled.
   world.sandbox.loop = types.SimpleNamespace(cancel=lambda: None)
   world.sandbox.delay = lambda code: 1
@@ -807,7 +814,7 @@ def test_an_interrupted_run_leaves_nothing_behind(
   with pytest.raises(error, match="stop here"):
     world.draw()
   assert world.sampler.n_rollouts == 0
-  names = {(STEP, 100 + n, o) for n in range(3) for o in range(3)}
+  names = {(STREAM, FIRST + n, o) for n in range(3) for o in range(3)}
   # Of `end_trajectory` itself one call fell away.
   n_lost = name == "end_trajectory" and not is_done
   assert len(names - set(world.sandbox.ended)) == n_lost
@@ -996,8 +1003,31 @@ def test_episodes_stand_in_order_of_ids(chat, mixed):
   groups = world.run()
   assert [[e.rollout_id for e in g] for g in groups] == [[0, 1, 2]] * 3
   assert [g[0].task_index for g in groups] == [100, 101, 102]
+  assert [g[0].place for g in groups] == [FIRST, FIRST + 1, FIRST + 2]
   assert [g[0].group_index for g in groups] == [0, 1, 2]
   world.check_all(groups)
+
+
+def test_a_problem_that_comes_twice_is_drawn_twice(chat, say, tmp_path):
+  """Each time has its own random stream, sandbox sessions and traces."""
+  call = [say.calls("print(1)"), say.answer("0")]
+  world = World(chat, [[call, call], [call, call]])
+  world.problems = [world.problems[0]] * 2  # an epoch of one problem
+  world.build(tool="session")
+  first, again = world.draw()
+  assert len(set(world.keys)) == 4
+  assert [e.place for e in first + again] == [FIRST] * 2 + [FIRST + 1] * 2
+  names = {(STREAM, FIRST + n, o) for n in range(2) for o in range(2)}
+  assert {name for _, name, _ in world.sandbox.asked} == names
+  assert sorted(world.sandbox.ended) == sorted(names)
+  arrays = pack.pack([first, again], n_calls=6, length=256)
+  assert arrays["place"].tolist() == [FIRST, FIRST + 1]
+  traces.write(tmp_path / "step_000005.jsonl", [first, again], chat.tokenizer)
+  needs = replay.Needs(2, chat.tokenizer.vocab_size, 256, 6)
+  assert replay.Replay(tmp_path, needs).groups(FIRST, 2, STEP) == [first, again]
+  read = groups_lib.read([tmp_path / "step_000005.jsonl"])
+  assert [g.name for g in read.groups] == [f"{STEP}:{FIRST}", f"{STEP}:41"]
+  assert [g.stream_id for g in read.groups] == [FIRST, FIRST + 1]
 
 
 @pytest.mark.parametrize("n_slots", [1, 2, 9])

@@ -52,7 +52,7 @@ def write_metrics(
 def trace(rollout_id: int, **changes: Any) -> dict[str, Any]:
   """One line of a trace file: one failing call, one good one, an answer."""
   return {
-    "task_index": 7,
+    "place": 7,
     "rollout_id": rollout_id,
     "question": "What is 2 * 3?",
     "gold": "6",

@@ -15,7 +15,10 @@ SOURCES = sorted(
 MAX_LINES = 400
 MAX_FUNCTION = 70  # lines of code
 # Longer ones, each with its reason.
-LONG_MODULES: dict[str, int] = {}
+LONG_MODULES: dict[str, int] = {
+  "roc/host/episode.py": 440,  # a record, its growth and its line of JSON
+  "roc/rollout.py": 440,  # the agent loop
+}
 LONG_FUNCTIONS: dict[str, int] = {}
 
 

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from experiments import quickstart
-from roc import build, config, errors, evaluate, layout, runlog, sft, train
+from roc import (
+  build,
+  config,
+  errors,
+  evaluate,
+  layout,
+  main,
+  runlog,
+  sft,
+  train,
+)
 from roc.device import checkpoint
 from roc.host import episode as episode_lib
 from roc.host import traces
@@ -222,15 +232,60 @@ def test_traces_say_why(ran):
 def test_groups_start_alike_and_go_apart(ran):
   by_task = {}
   for e in read_traces(ran.train, 1):
-    by_task.setdefault(e.task_index, []).append(e)
+    by_task.setdefault(e.place, []).append(e)
   assert len(by_task) == ran.cfg.train.prompts
   for group in by_task.values():
     n = group[0].roles.count(layout.Role.PROMPT)
     assert len({tuple(e.token_ids[:n]) for e in group}) == 1
     assert len({tuple(e.token_ids) for e in group}) == len(group)
   # The next step goes on with other problems.
-  later = {e.task_index for e in read_traces(ran.train, 2)}
+  later = {e.place for e in read_traces(ran.train, 2)}
   assert not later & set(by_task)
+
+
+@pytest.mark.slow
+def test_a_set_smaller_than_a_step(tmp_path):
+  """A row that comes twice is drawn twice, and its traces are read back."""
+  asked = [f'{{"question": "What is {i} * 12?", "answer": "{12 * i}"}}\n'
+           for i in (101, 102, 103)]  # fmt: skip
+  (tmp_path / "three.jsonl").write_text("".join(asked))
+  bindings = (
+    "host.train_task = @FileTask",
+    f"FileTask.path = '{tmp_path / 'three.jsonl'}'",
+    "Toolbox.tool = 'session'",
+  )
+  changes = {
+    "host.gin_bindings": bindings,
+    "train.prompts": 4,
+    "train.steps": 2,
+    "filter.mode": "uniform",
+  }
+  cfg = settings(**changes)
+  train.run(cfg, tmp_path / "run")
+  for step in (1, 2):
+    groups = {}
+    for e in read_traces(tmp_path / "run", step):
+      groups.setdefault(e.place, []).append(e)
+    assert list(groups) == list(range(4 * step - 4, 4 * step))
+    ids = [tuple(tuple(e.token_ids) for e in g) for g in groups.values()]
+    assert len(set(ids)) == 4
+    assert len({g[0].task_id for g in groups.values()}) == 3
+  folder = tmp_path / "run" / "rollouts"
+  train.run(
+    settings(**changes, **{"train.replay": str(folder)}), tmp_path / "b"
+  )
+  assert rows_of(tmp_path / "b")[1:] == rows_of(tmp_path / "run")[1:]
+  # The command chooses as the run did.
+  argv = [str(folder), "--mode=uniform", f"--output={tmp_path / 'kept.jsonl'}"]
+  assert main.main(["filter", *argv]) == 0
+  lines = (tmp_path / "kept.jsonl").read_text().splitlines()
+  chosen = [json.loads(line) for line in lines]
+  assert {(c["place"], c["rollout_id"]) for c in chosen} == {
+    (e.place, e.rollout_id)
+    for step in (1, 2)
+    for e in read_traces(tmp_path / "run", step)
+    if e.kept
+  }
 
 
 # -------------------------------------------------------------------- resume

@@ -330,7 +330,8 @@ def resample(
     min_neg: wrong rollouts to keep at least, where there are as many.
     eps: added to p_total in mode "inverse".
     rollout_id_NO: int32 [N, O], distinct in a group; positions when left out.
-    group_id_N: int32 [N], e.g. the task's index; positions when left out.
+    group_id_N: int32 [N], the problem's place in the run's order; positions
+      when left out.
 
   Returns:
     keep_NO, bool [N, O]: exactly G True in every group that has G rollouts

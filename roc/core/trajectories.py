@@ -37,7 +37,7 @@ class Trajectories:
   outcome: Any  # int8    [N, O]
   reward: Any  # float32 [N, O]
   rollout_id: Any  # int32   [N, O]
-  task_index: Any  # int32   [N]
+  place: Any  # int32   [N]
 
   @classmethod
   def spec(cls, sizes: Mapping[str, int]) -> Self:

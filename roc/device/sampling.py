@@ -38,23 +38,30 @@ class SamplingConfig:
 
 
 def rollout_keys(
-  seed: int, step: int, task_B: jax.Array, rollout_B: jax.Array
+  seed: int, stream: int, place_B: jax.Array, rollout_B: jax.Array
 ) -> jax.Array:
-  """The stream of each rollout: `fold_in` of seed, step, task and rollout.
+  """The key of each rollout: `fold_in` of seed, stream, place and rollout.
 
   Nothing else enters, so slots, batch mates and tool latency cannot change
   what is drawn.
 
+  Args:
+    seed: of the run.
+    stream: keeps training, evaluation and collected rollouts apart.
+    place_B: int32 [B], place of the problem in the run's order. Not the number
+      of its row: a problem that comes twice is drawn anew.
+    rollout_B: int32 [B], rollout id.
+
   Returns:
     uint32 [B, 2] key data.
   """
-  key = jax.random.fold_in(jax.random.key(seed), step)
+  key = jax.random.fold_in(jax.random.key(seed), stream)
 
-  def one(task, rollout):
-    folded = jax.random.fold_in(jax.random.fold_in(key, task), rollout)
+  def one(place, rollout):
+    folded = jax.random.fold_in(jax.random.fold_in(key, place), rollout)
     return jax.random.key_data(folded)
 
-  return jax.vmap(one)(task_B, rollout_B)
+  return jax.vmap(one)(place_B, rollout_B)
 
 
 def restrict(

@@ -91,7 +91,7 @@ def select(
     min_neg=f.min_neg,
     eps=f.eps,
     rollout_id_NO=traj.rollout_id,
-    group_id_N=traj.task_index,
+    group_id_N=traj.place,
   )
   is_live_NO = keep_NO & rows.is_length_ok(f.overlong, traj.is_truncated)
   if f.drop_void_turns:

@@ -38,13 +38,17 @@ class Episode:
 
   Attributes:
     task_id: the problem's id.
-    task_index: the problem's index, stable over the run.
+    task_index: number of the problem in its set; one may come twice in a run.
+    place: place of the problem in the order of what drew it, counted on from
+      step to step: no two groups of a run share one.
     question: text that was asked.
     gold: right answer.
     kind: the problem's kind.
-    group_index: place of the problem in its batch.
+    group_index: number of the group in its batch.
     rollout_id: stable place in the group, 0..O-1, never completion order.
-    step: training step that drew it.
+    step: training step that drew it, or after which evaluation did.
+    drawn_by: the command, or the part of it: train, evaluate or rollout.
+    temperature: of the softmax at sampling; None where nobody sampled.
     token_ids: ids in order; never re-rendered.
     roles: `Role` of each token.
     logprobs: log-prob of each token at sampling, as float32; 0 unless MODEL.
@@ -66,12 +70,15 @@ class Episode:
 
   task_id: str = ""
   task_index: int = 0
+  place: int = 0
   question: str = ""
   gold: str = ""
   kind: str = ""
   group_index: int = 0
   rollout_id: int = 0
   step: int = 0
+  drawn_by: str = "train"
+  temperature: float | None = None
   token_ids: list[int] = dataclasses.field(default_factory=list)
   roles: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
@@ -381,10 +388,11 @@ _LIST_TYPES = {
 _NUMBER_OR_NONE = (int, float, type(None))
 _SCALAR_TYPES = {
   **dict.fromkeys(("task_id", "question", "gold", "kind", "why"), str),
-  **dict.fromkeys(("task_index", "group_index", "rollout_id"), int),
+  "drawn_by": str,
+  **dict.fromkeys(("task_index", "place", "group_index", "rollout_id"), int),
   **dict.fromkeys(("step", "n_turns"), int),
   **dict.fromkeys(("p_err", "p_format", "p_total"), _NUMBER_OR_NONE),
-  "advantage": _NUMBER_OR_NONE,
+  **dict.fromkeys(("advantage", "temperature"), _NUMBER_OR_NONE),
   "kept": (bool, type(None)),
   "has_void_turn": bool,
   "reward": (int, float),

@@ -35,18 +35,18 @@ def pack(
   n_rollouts: int | None = None,
   n_calls: int,
   length: int,
-  task_indices: Sequence[int] | None = None,
+  places: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
   """Packs groups of rollouts into the arrays of `Trajectories`.
 
   Args:
-    groups: N groups of episodes of one problem each, in any order within the
+    groups: N groups of episodes of one place each, in any order within the
       group; an episode's row is its `rollout_id`. Missing ones become padding.
     n_rollouts: O; by default one more than the largest rollout id.
     n_calls: C.
     length: T.
-    task_indices: index of each group's problem; needed only for a group without
-      any episode.
+    places: of each group's problem; needed only for a group without any
+      episode.
 
   Returns:
     Arrays named and typed by `layout.TRAJECTORY_FIELDS`, axes [N, O, T],
@@ -54,14 +54,14 @@ def pack(
 
   Raises:
     ValueError: an episode is too long, has too many calls or a rollout id that
-      is taken or out of range, or a group mixes problems.
+      is taken or out of range, or a group mixes places.
   """
   if n_rollouts is None:
     ids = [episode.rollout_id for group in groups for episode in group]
     n_rollouts = max(ids, default=-1) + 1
   arrays = _empty(len(groups), n_rollouts, n_calls, length)
   for row, group in enumerate(groups):
-    arrays["task_index"][row] = _task_index(group, row, task_indices)
+    arrays["place"][row] = _place(group, row, places)
     seen = set()
     for episode in group:
       column = episode.rollout_id
@@ -89,17 +89,17 @@ def _empty(
   return arrays
 
 
-def _task_index(
+def _place(
   group: Sequence[episode_lib.Episode],
   row: int,
-  task_indices: Sequence[int] | None,
+  places: Sequence[int] | None,
 ) -> int:
-  found = {episode.task_index for episode in group}
-  if task_indices is not None:
-    found.add(task_indices[row])
+  found = {episode.place for episode in group}
+  if places is not None:
+    found.add(places[row])
   if len(found) != 1:
     raise ValueError(
-      f"group {row} must hold rollouts of one problem; its task indices are "
+      f"group {row} must hold rollouts of one problem; their places are "
       f"{sorted(found)}"
     )
   return found.pop()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,16 @@ from roc.host import tokenizer as tokenizer_lib
 def path_of(workdir: pathlib.Path, step: int) -> pathlib.Path:
   """Where the rollouts of a step lie."""
   return workdir / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+def evaluation_path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+  """Where the rollouts of the evaluation after a step lie."""
+  return workdir / "rollouts" / f"eval_{step:06d}.jsonl"
+
+
+def is_evaluation(path: pathlib.Path) -> bool:
+  """Whether a file is one of `evaluation_path`."""
+  return re.fullmatch(r"eval_\d{6,}\.jsonl", path.name) is not None
 
 
 def annotate(

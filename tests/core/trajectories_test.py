@@ -24,7 +24,7 @@ def make(**changes) -> trajectories.Trajectories:
   fields["tool_status"][:] = layout.ToolStatus.NONE
   fields["rollout_id"][:] = np.arange(4)
   fields["tokens"][:] = np.arange(8).reshape(2, 4, 1)
-  fields["task_index"][:] = [7, 9]
+  fields["place"][:] = [7, 9]
   return trajectories.Trajectories(**(fields | changes))
 
 
@@ -37,7 +37,7 @@ def test_spec_has_the_dtypes_and_shapes_of_the_table():
   spec = trajectories.Trajectories.spec(SIZES)
   assert spec.tokens.shape == (2, 4, 6)
   assert spec.tool_status.shape == (2, 4, 3)
-  assert spec.task_index.shape == (2,)
+  assert spec.place.shape == (2,)
   assert spec.has_void_turn.dtype == np.bool_
   assert len(jax.tree.leaves(spec)) == len(layout.TRAJECTORY_FIELDS)
   spec.validate()
@@ -51,7 +51,7 @@ def test_spec_names_the_missing_axis():
 
 def test_crosses_jit_as_a_pytree():
   doubled = jax.jit(lambda t: jax.tree.map(lambda x: x + x, t))(make())
-  np.testing.assert_array_equal(doubled.task_index, [14, 18])
+  np.testing.assert_array_equal(doubled.place, [14, 18])
 
 
 def test_frozen():
@@ -65,7 +65,7 @@ def test_frozen():
     ("tokens", np.zeros((2, 4, 6), np.int64), "tokens has dtype int64"),
     ("roles", np.zeros((2, 4, 5), np.int8), r"roles has shape \(2, 4, 5\)"),
     ("reward", np.zeros((2, 3), np.float32), "reward has shape"),
-    ("task_index", np.zeros((), np.int32), "task_index has shape"),
+    ("place", np.zeros((), np.int32), "place has shape"),
   ],
 )
 def test_validate_names_the_field(field, value, message):
@@ -119,5 +119,5 @@ def test_take_picks_rollouts_and_leaves_group_fields():
   taken = make().take(index)
   np.testing.assert_array_equal(taken.tokens[:, :, 0], [[0, 3], [5, 6]])
   np.testing.assert_array_equal(taken.rollout_id, index)
-  np.testing.assert_array_equal(taken.task_index, [7, 9])
+  np.testing.assert_array_equal(taken.place, [7, 9])
   assert taken.tool_status.shape == (2, 2, 3)

@@ -75,7 +75,7 @@ def traj():
     ),
     reward=np.array([[1, 1, 0, 0], [1, 1, 1, 0]], np.float32),
     rollout_id=np.broadcast_to(np.arange(N_DRAWN, dtype=np.int32), SHAPE),
-    task_index=np.array([10, 11], np.int32),
+    place=np.array([10, 11], np.int32),
   ).validate_values()
 
 
@@ -232,6 +232,20 @@ def test_order_of_groups_and_rollouts_is_irrelevant(traj):
       getattr(again, name), getattr(got, name)[order_N][:, order_O]
     )
   assert row_again == pytest.approx(row, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["inverse", "uniform"])
+def test_groups_of_the_same_rollouts_are_filtered_each_anew(traj, mode):
+  """A problem that comes twice in a step is at two places of the run."""
+  twice = lambda x: np.repeat(x[:1], 64, axis=0)
+  same = trajectories_lib.Trajectories(
+    **{f.name: twice(getattr(traj, f.name)) for f in dataclasses.fields(traj)}
+  )
+  apart = dataclasses.replace(same, place=np.arange(64, dtype=np.int32))
+  alike = np.asarray(select(same, mode=mode)[0].keep_NO)
+  assert (alike == alike[0]).all()
+  kept = np.asarray(select(apart, mode=mode)[0].keep_NO)
+  assert (kept.sum(1) == 2).all() and len(np.unique(kept, axis=0)) > 3
 
 
 def test_all_void_is_no_update(traj):

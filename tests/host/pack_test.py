@@ -14,8 +14,8 @@ STATUS = layout.ToolStatus
 CALL = calls.ToolCall("python", {"code": "x"}, "{}")
 
 
-def _episode(rng, rollout_id=0, task_index=0, statuses=(), n_tokens=None):
-  out = episode.Episode(task_index=task_index, rollout_id=rollout_id, gold="7")
+def _episode(rng, rollout_id=0, place=0, statuses=(), n_tokens=None):
+  out = episode.Episode(place=place, rollout_id=rollout_id, gold="7")
   n_prompt, n_model = rng.randrange(1, 5), rng.randrange(1, 6)
   if n_tokens is not None:
     n_prompt, n_model = 1, n_tokens - 2
@@ -57,7 +57,7 @@ def test_every_value_is_where_it_belongs_and_padding_is_zero():
   groups = _groups(random.Random(1))
   arrays = pack.pack(groups, n_calls=3, length=16)
   for n, group in enumerate(groups):
-    assert arrays["task_index"][n] == 10 + n
+    assert arrays["place"][n] == 10 + n
     for o, one in enumerate(group):
       size = len(one)
       at = (n, o)
@@ -120,13 +120,13 @@ def test_a_longer_bucket_only_adds_padding():
   assert (long["tool_status"][..., 3:] == STATUS.NONE).all()
 
 
-def test_an_empty_group_needs_its_task_index():
+def test_an_empty_group_needs_its_place():
   rng = random.Random(5)
   groups = [[_episode(rng, 1, 10)], []]
   with pytest.raises(ValueError, match="group 1 must hold"):
     pack.pack(groups, n_calls=1, length=16)
-  arrays = pack.pack(groups, n_calls=1, length=16, task_indices=[10, 11])
-  assert arrays["task_index"].tolist() == [10, 11]
+  arrays = pack.pack(groups, n_calls=1, length=16, places=[10, 11])
+  assert arrays["place"].tolist() == [10, 11]
   assert arrays["rollout_id"].shape == (2, 2)
   assert (arrays["outcome"][1] == layout.Outcome.VOID).all()
 
@@ -142,7 +142,7 @@ def test_an_empty_group_needs_its_task_index():
     ),
     ([{"rollout_id": 1}, {"rollout_id": 1}], {}, "id 1 is taken"),
     ([{"rollout_id": 4}], {"n_rollouts": 4}, "not in 0..3"),
-    ([{}, {"task_index": 9, "rollout_id": 1}], {}, r"\[0, 9\]"),
+    ([{}, {"place": 9, "rollout_id": 1}], {}, r"\[0, 9\]"),
   ],
 )
 def test_what_does_not_fit_is_an_error(episodes, kwargs, message):
