@@ -152,6 +152,7 @@ def _prepare(job: Job) -> Callable[[], int]:
   linux.set_tag(request["tag"])
   reseed(request["seed"])
   stdout, stderr, *others = job.fds
+  _own_stdin(others[1] if len(others) > 1 else None)
   os.dup2(stdout, 1)
   os.dup2(stderr, 2)
   lock = functools.partial(
@@ -168,12 +169,23 @@ def _prepare(job: Job) -> Callable[[], int]:
     # No frame of its own, so that a cell is as deep in the stack as a script.
     return functools.partial(repl.serve, channel, context.main, reporter)
   code, record = payload.read_code(others[0]), payload.Record(others[0])
-  if len(others) > 1:
-    os.dup2(others[1], 0)
   report.show_source(report.TOOL_FILE, code)
   lock()
   os.closerange(3, ceiling)
   return lambda: script.run(code, context.main, record, reporter)
+
+
+def _own_stdin(fd: int | None) -> None:
+  """Puts the call's input at descriptor 0, by default an empty one of its own.
+
+  The zygote's would be shared by all calls, and with it locks, offset and
+  flags: what one call left there the next would find.
+  """
+  if fd is not None:
+    os.dup2(fd, 0)
+    return
+  os.close(0)
+  os.open(os.devnull, os.O_RDONLY)  # takes the lowest number, which is 0
 
 
 def _live_in(scratch: str, reporter: report.Reporter) -> None:

@@ -119,5 +119,7 @@ class Confinement:
       )
     linux.die_with_parent()  # a change of user forgets this
     apply()
+    if not self.plan.confines_memory:
+      linux.show_memory()  # the zygote's is hidden; the supervisor reads sizes
     if self._filter is not None:
       self._filter.install()

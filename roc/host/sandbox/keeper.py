@@ -41,6 +41,7 @@ def split(channel_fd: int, root: str) -> None:
       os._exit(1)
     return
   try:
+    linux.hide_memory()
     os.close(channel_fd)
     _watch(trainer, pid, os.path.join(root, scratch.TRASH))
     _kill_all()

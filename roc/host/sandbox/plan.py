@@ -60,6 +60,15 @@ class Plan:
       or self.landlock_abi >= _SIGNAL_SCOPE_ABI
     )
 
+  @property
+  def confines_memory(self) -> bool:
+    """Whether a call cannot open the memory of the trainer's processes.
+
+    A filter sees no paths, so below Landlock and without namespaces
+    /proc/PID/mem must be closed by the processes themselves.
+    """
+    return bool(self.namespaces or self.landlock_abi)
+
   def to_json(self) -> dict:
     """Returns the fields as a JSON-able dict, inverse of `from_json`."""
     return dict(vars(self))

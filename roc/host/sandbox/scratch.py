@@ -45,7 +45,13 @@ class Places:
     if self._box:
       return ""
     path = os.path.join(self._root, WORK, str(next(_ordinals)))
-    os.mkdir(path, 0o700)
+    try:
+      os.mkdir(path, 0o700)
+    except (
+      FileNotFoundError
+    ):  # below `confined` a program can remove its parent
+      os.makedirs(os.path.dirname(path), 0o711, exist_ok=True)
+      os.mkdir(path, 0o700)
     if uid is not None:
       os.chown(path, uid, uid)
     return path
@@ -59,15 +65,36 @@ class Places:
     ]
 
   def discard(self, path: str) -> None:
-    """Empties a place at once; the keeper deletes what was in it."""
+    """Empties a place at once; the keeper deletes what was in it.
+
+    Below tier `confined` a program may have removed its directory, or the
+    sandbox's, or put a link in its place: what cannot be moved away stays.
+    """
     if not path:
       return
-    try:
+    with contextlib.suppress(OSError):
       os.rmdir(path)  # most programs leave it empty
-    except OSError:
-      os.chmod(path, 0o700)
-      name = os.path.basename(path)
-      os.rename(path, os.path.join(self._root, TRASH, name))
+      return
+    trash = os.path.join(self._root, TRASH)
+    with contextlib.suppress(OSError):
+      _open_up(path)
+    with contextlib.suppress(OSError):
+      os.makedirs(trash, 0o711, exist_ok=True)
+      os.rename(path, os.path.join(trash, os.path.basename(path)))
+
+
+def _open_up(path: str) -> None:
+  """Lets a directory be moved, which takes write permission for its "..".
+
+  Raises:
+    OSError: it is no directory; a link is not followed.
+  """
+  flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+  fd = os.open(path, flags)
+  try:
+    os.chmod(f"/proc/self/fd/{fd}", 0o700)
+  finally:
+    os.close(fd)
 
 
 def empty_directory(root: str) -> int:

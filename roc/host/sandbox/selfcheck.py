@@ -53,6 +53,8 @@ got = {
   "changes metadata":
     tried(lambda: os.utime(targets["canary"], (1, 1)) is None),
   "signals": tried(lambda: os.kill(targets["pid"], 0) is None),
+  "opens the sandbox's memory": any(
+    tried(lambda: open(f"/proc/{pid}/mem", "r+b")) for pid in targets["pids"]),
   "makes namespaces": libc.unshare(0x10000000) == 0,
   "sees processes": os.getpid() > 64,
   "has a large disk":
@@ -66,7 +68,12 @@ print(json.dumps(got))
 # What must not get through from a tier on, in a word that also tells a user
 # what the tier protects from.
 _FORBIDDEN = {
-  "filtered": ("connects", "opens sockets", "makes namespaces"),
+  "filtered": (
+    "connects",
+    "opens sockets",
+    "makes namespaces",
+    "opens the sandbox's memory",
+  ),
   "confined": ("reads files", "writes files", "changes metadata"),
   "isolated": ("sees processes", "has a large disk"),
 }
@@ -75,7 +82,7 @@ _NEEDED = ("scratch", "modules")
 _SAFE_FROM = {
   "filtered": [
     "the network, the metadata server of a cloud machine included",
-    "debugging and reading the memory of other processes",
+    "debugging other processes, and opening the memory of the trainer",
     "new namespaces, mounts, kernel modules, keys, System V IPC",
   ],
   "confined": [
@@ -88,6 +95,7 @@ _SAFE_FROM = {
     "filling the disk: the call's directory is memory of a fixed size",
   ],
 }
+_OTHERS_MEMORY = "opening the memory of the user's other processes"
 _NO_SIGNALS = "signalling the trainer, the supervisor and other calls"
 _OWN_UID = "other calls' processes: each call has a user id of its own"
 
@@ -107,6 +115,7 @@ def targets(root: str) -> Iterator[dict]:
     yield {
       "canary": canary.name,
       "pid": os.getpid(),
+      "pids": [os.getpid(), os.getppid()],
       "port": listener.getsockname()[1],
       "disk": _DISK_BYTES,
     }
@@ -178,6 +187,9 @@ def protection(plan: plan_lib.Plan) -> dict[str, list[str]]:
     at = safe if contract.TIERS.index(tier) <= rank else open_
     at.extend(sentences)
   (safe if plan.confines_signals else open_).append(_NO_SIGNALS)
+  # A privileged trainer's processes are beyond calls, which hold less.
+  is_closed = plan.confines_memory or os.getuid() == 0
+  (safe if is_closed else open_).append(_OTHERS_MEMORY)
   if plan.tier != "isolated":
     (safe if plan.first_uid is not None else open_).append(_OWN_UID)
   open_.append("faults of the kernel: all calls share it with the trainer")

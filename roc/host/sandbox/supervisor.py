@@ -115,11 +115,11 @@ class Supervisor:
       self._events,
       lambda number, why: self._births.fail(number, why),
     )
+    linux.hide_memory()  # templates and zygotes inherit that
     forked = self._fleet.fork_templates(config["images"], config["site_dirs"])
     if forked is not None:
       self._events.close()
       return forked
-    linux.hide_memory()
     self._births = births.Births(self._fleet)
     self._fleet.library_dirs = image.library_dirs()
     self._furnish("")

@@ -101,6 +101,8 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
   signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # see start_first_process
   plan = plan_lib.Plan.from_json(setup["plan"])
   nursery = None
+  if plan.confines_memory:
+    linux.show_memory()  # to whoever writes its id maps
   try:
     confinement = confine.Confinement(
       plan, setup["root"], setup["library_dirs"], ask_for_maps

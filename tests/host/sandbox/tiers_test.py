@@ -201,6 +201,13 @@ def hidden_parents(paths: list[str]) -> list[str]:
 
 def play(what: str, is_public: bool = True, **arguments) -> dict:
   """Runs all attacks on such a machine; returns the report."""
+  return play_program(
+    what, [str(ATTACKS_FILE), json.dumps(arguments)], is_public
+  )
+
+
+def play_program(what: str, program: list[str], is_public: bool = True) -> dict:
+  """Runs Python with arguments on such a machine; returns what it prints."""
   environment = {
     "PYTHONPATH": str(ROOT),
     "PATH": os.environ["PATH"],
@@ -221,7 +228,7 @@ def play(what: str, is_public: bool = True, **arguments) -> dict:
     done = subprocess.run(
       [
         *(sys.executable, "-c", MACHINE, what, json.dumps(shown)),
-        json.dumps([str(ATTACKS_FILE), json.dumps(arguments)]),
+        json.dumps(program),
       ],
       env={**environment, "TMPDIR": folder},
       cwd="/",
@@ -264,6 +271,40 @@ def test_an_ordinary_user_can_have_less(tier):
   report = play("nobody", tier=tier)
   assert report["plan"]["tier"] == tier
   assert_enforced(report, is_root=False)
+
+
+MEMORY = """
+import json, os
+from roc.host import sandbox
+from roc.host.sandbox import linux
+code = '''
+import json, os
+opened = []
+for pid in json.loads(input()):
+  try:
+    open(f"/proc/{pid}/mem", "r+b").close()
+    opened.append(pid)
+  except OSError: pass
+print(json.dumps(opened), open("/proc/self/mem", "r+b").name)
+'''
+with sandbox.Sandbox(n_workers=2, tier="filtered") as box:
+  box.run("import numpy")
+  others = linux.descendants(box._link.keeper_pid, 100)
+  pids = [os.getpid(), box._link.keeper_pid, *others]
+  results = [
+    box.run(code, stdin=json.dumps(pids), tool=tool, trajectory="t")
+    for tool in ("python", "session")
+  ]
+print(json.dumps([len(pids), *(r.stdout + r.stderr for r in results)]))
+"""
+
+
+@needs_root
+def test_the_memory_of_the_trainer_is_closed_to_an_ordinary_user_at_t1():
+  """Of the trainer, the keeper, the supervisor, templates and zygotes."""
+  n_pids, *opened = play_program("nobody", ["-c", MEMORY])
+  assert n_pids >= 6
+  assert opened == ["[] /proc/self/mem\n"] * 2, opened
 
 
 @needs_root
