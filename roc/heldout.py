@@ -57,7 +57,7 @@ class Heldout:
       turn
       for lesson in lessons
       for turn in turns_of(lesson, host.chat)
-      if self._toolbox.parse_turn(turn.ids, host.chat.tokenizer).calls
+      if self._toolbox.parse_turn(turn.ids, host.chat).calls
       and len(turn.history) + len(turn.ids) <= room
     )
     self._requests = [
@@ -102,7 +102,7 @@ def is_well_formed(
   ids: Sequence[int], chat: chat_lib.Chat, toolbox: tools.Toolbox
 ) -> bool:
   """Whether a turn ends by itself and makes calls, all of which would run."""
-  calls = toolbox.parse_turn(ids, chat.tokenizer).calls
+  calls = toolbox.parse_turn(ids, chat).calls
   return (
     chat.is_whole(ids) and bool(calls) and all(c.error is None for c in calls)
   )

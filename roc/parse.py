@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from roc import cli, errors, hub, lines
-from roc.host import calls, pretrained, tools
+from roc.host import calls, dialects, pretrained, template_chat, tools
+from roc.host import tokenizer as tokenizer_lib
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,9 +32,15 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as e:
       raise errors.UserError(str(e)) from e
     ids = tokenizer.encode_trusted(text)
-    turn = calls.parse_turn(ids, tokenizer, tool=spec, max_calls=None)
+    turn = calls.parse_turn(
+      ids,
+      tokenizer,
+      tool=spec,
+      max_calls=None,
+      dialect=_dialect(values, tokenizer),
+    )
   else:
-    turn = calls.parse_text(text, tool=spec)
+    turn = calls.parse_text(text, tool=spec, dialect=_dialect(values))
   found = as_json(turn)
   if values.json:
     print(json.dumps(found))
@@ -45,6 +52,23 @@ def main(argv: Sequence[str]) -> int:
     else:
       lines.show(f"call: {call['name']} {json.dumps(call['arguments'])}")
   return 0
+
+
+def _dialect(
+  values: argparse.Namespace,
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
+) -> dialects.Dialect:
+  """The dialect asked for; else that of the model's template; else Hermes."""
+  if values.dialect:
+    return dialects.DIALECTS[values.dialect]
+  if tokenizer is None or not tokenizer.published.templates:
+    return dialects.HERMES
+  spec, function = tools.TOOLS[values.tool or "python"]
+  schema = tools.tool_schema(function, spec.name)
+  try:
+    return template_chat.TemplateChat(tokenizer, tools=[schema]).dialect
+  except ValueError as e:
+    raise errors.UserError(f"{values.model}: {e}; or give --dialect") from e
 
 
 def as_json(turn: calls.ParsedTurn) -> dict[str, Any]:
@@ -90,6 +114,13 @@ def make_parser() -> argparse.ArgumentParser:
     metavar="MODEL",
     help="folder, or ORG/NAME on the hub, with a tokenizer: read the turn as"
     " its tokens, as a run does",
+  )
+  parser.add_argument(
+    "--dialect",
+    default="",
+    choices=("", *dialects.DIALECTS),
+    help="in which calls are written; by default that of the model's chat"
+    " template, and without one hermes",
   )
   parser.add_argument(
     "--json",

@@ -307,9 +307,7 @@ class AgentLoop:
       self._give_up_if_late(live, now)
 
   def _end_turn(self, live: _Live) -> None:
-    turn = self._on_text(
-      self.toolbox.parse_turn, live.turn, self.chat.tokenizer
-    )
+    turn = self._on_text(self.toolbox.parse_turn, live.turn, self.chat)
     live.episode.record_turn(turn)
     is_whole = self._on_text(self.chat.is_whole, live.turn)
     live.turn = []

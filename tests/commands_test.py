@@ -223,6 +223,18 @@ def test_parse_for_one_tool(as_json, run, refused):
   assert "none does not exist" in refused("parse", "--model=none")
 
 
+def test_parse_in_a_dialect(as_json, refused):
+  call = '{"name": "python", "parameters": {"code": "1"}}'
+  (found,) = as_json("parse", "--dialect=llama3", text=f"So:\n{call}\n")
+  assert found == {
+    "content": "So:",
+    "calls": [{"name": "python", "arguments": {"code": "1"}}],
+  }
+  (found,) = as_json("parse", text=call)
+  assert found["calls"] == []
+  assert "invalid choice: 'x'" in refused("parse", "--dialect=x")
+
+
 # -------------------------------------------------------------------- verify
 
 
@@ -318,7 +330,7 @@ def test_with_the_tool_calls_are_run(as_json, folder, monkeypatch):
   """The model's own ids are replaced by a script; the tool is real."""
   tokenizer = pretrained.load_tokenizer(folder)
   chat = template_chat.TemplateChat(
-    tokenizer, tools=[generate.schema_of("python")]
+    tokenizer, tools=[generate.schema_of("python")], template="rstar2"
   )
   call = '{"name": "python", "arguments": {"code": "print(6 * 7)"}}'
   turns = [chat.call_ids(call), tokenizer.encode("It is 42.")]
@@ -328,12 +340,16 @@ def test_with_the_tool_calls_are_run(as_json, folder, monkeypatch):
     "make_sampler",
     lambda *_: scripted.ScriptedSampler(lambda *_: turns),
   )
-  (found,) = as_json(
-    *("generate", "--model", folder, "--prompt=6 * 7?", "--tool=python")
-  )
+  flags = ("generate", "--model", folder, "--prompt=6 * 7?", "--tool=python")
+  (found,) = as_json(*flags, "--template=rstar2")
   (ran,) = found["calls"]
   assert (ran["status"], ran["text"]) == ("ok", "42")
   assert "It is 42." in found["text"] and found["stop"] == "answered"
+
+
+def test_a_tool_that_the_template_does_not_show(refused, folder):
+  flags = ("generate", "--model", folder, "--prompt=x", "--tool=python")
+  assert "does not show the tool 'python'" in refused(*flags)
 
 
 def test_what_cannot_be_generated(refused, folder, tmp_path):

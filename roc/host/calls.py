@@ -1,17 +1,18 @@
 r"""Tool calls and answers, found in one turn of the model.
 
-A call is Hermes/Qwen text, `<tool_call>{"name", "arguments"}</tool_call>`. The
-parser sees only ids that the model sampled, so neither a question nor a tool's
-answer can call a tool or give an answer. Where a tag is one special token, only
-that token is the tag: the same characters spelt out are text.
+How a call is written depends on the model (`dialects`). The parser sees only
+ids that the model sampled, so neither a question nor a tool's answer can call a
+tool or give an answer. Where a tag is one special token, only that token is the
+tag: the same characters spelt out are text.
 
 Policy, one row a case (`tests/host/calls_test.py` holds the same table):
 
-  tag inside a string of the call's JSON               text: the call ends at
+  tag inside a string of the call's body               text: the call ends at
                                                        the closing tag at which
-                                                       it is JSON
+                                                       its body is whole
   opened, never closed; opened again before closing    rejected: unclosed
   body is no JSON object, or holds NaN or Infinity     rejected: bad JSON
+  body is not the dialect's XML                        rejected: bad XML
   no name, another name                                rejected: unknown tool
   missing, unknown or non-string argument              rejected: bad arguments
   arguments given as a string that holds JSON          accepted
@@ -23,34 +24,26 @@ Policy, one row a case (`tests/host/calls_test.py` holds the same table):
   more than `max_calls` in one turn                    the last that fits is
                                                        rejected: too many calls,
                                                        the rest fall away
+  llama3: an object inside a line, or without name     text
+  and parameters
+  llama3: code behind <|python_tag|>                   a call of the tool that
+                                                       there is
   answer without \boxed{...}, unclosed, tag inside     no answer
   neither a closed call nor an answer                  void turn
 """
 
 import dataclasses
-import itertools
-import json
-import math
-import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from roc.host import rewards
+from roc.host import dialects, rewards
 from roc.host import tokenizer as tokenizer_lib
 
 # A turn asks for at most this many calls, so that the C axis has a bound.
 MAX_CALLS_PER_TURN = 4
-# Tags behind a call's first one among which its end is looked for, so that a
-# turn of nothing but tags is read in time.
-_NEAR = 16
 
-_TAGS = (
-  tokenizer_lib.CALL_OPEN,
-  tokenizer_lib.CALL_CLOSE,
-  tokenizer_lib.ANSWER_OPEN,
-  tokenizer_lib.ANSWER_CLOSE,
-)
+_ANSWER_TAGS = (tokenizer_lib.ANSWER_OPEN, tokenizer_lib.ANSWER_CLOSE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +128,7 @@ def parse_turn(
   *,
   tool: ToolSpec | None = PYTHON,
   max_calls: int | None = MAX_CALLS_PER_TURN,
+  dialect: dialects.Dialect = dialects.HERMES,
 ) -> ParsedTurn:
   """Reads the calls and answers of one turn of the model.
 
@@ -145,154 +139,105 @@ def parse_turn(
       vocabulary is looked for as text.
     tool: the one tool that there is; None: any name and any arguments.
     max_calls: calls that may be asked for in one turn; None: no limit.
+    dialect: in which the model writes calls.
 
   Returns:
     The turn by the policy table at the module's head; an empty turn is void.
   """
-  return _parse(list(_lex(ids, tokenizer)), tool, max_calls)
+  pieces = list(_lex(ids, tokenizer, _tags(dialect)))
+  return _parse(pieces, tool, max_calls, dialect)
 
 
 def parse_text(
-  text: str, *, tool: ToolSpec | None = None, max_calls: int | None = None
+  text: str,
+  *,
+  tool: ToolSpec | None = None,
+  max_calls: int | None = None,
+  dialect: dialects.Dialect = dialects.HERMES,
 ) -> ParsedTurn:
-  """Reads the calls and answers of a turn that is only known as text.
+  """Reads the calls and answers of a whole turn that is only known as text.
 
   Args:
     text: of the turn; every tag in it counts, as nothing says which were
       tokens.
     tool: the one tool that there is; None: any name and any arguments.
     max_calls: calls that may be asked for in one turn; None: no limit.
+    dialect: in which the model writes calls.
   """
-  pattern = "|".join(map(re.escape, _TAGS))
+  tags = (*_tags(dialect), *_ends(dialect))
   pieces = [
-    _Piece(piece if piece in _TAGS else None, piece, False)
-    for piece in _split(pattern, text)
+    dialects.Piece(part if part in tags else None, part, part in _ends(dialect))
+    for part in dialects.split_at(tags, text)
   ]
-  return _parse(pieces, tool, max_calls)
+  end = dialects.Piece(tokenizer_lib.TURN_END, "", True)
+  return _parse([*pieces, end], tool, max_calls, dialect)
 
 
-class _Piece(NamedTuple):
-  """A tag, or a run of text (`tag` is None)."""
+def _tags(dialect: dialects.Dialect) -> tuple[str, ...]:
+  return (*dialect.tags, *_ANSWER_TAGS)
 
-  tag: str | None
-  text: str
-  is_special: bool
+
+def _ends(dialect: dialects.Dialect) -> tuple[str, ...]:
+  """Tags that may end a turn."""
+  return (tokenizer_lib.TURN_END, tokenizer_lib.END_OF_TEXT, *dialect.ends)
 
 
 def _parse(
-  pieces: Sequence[_Piece], tool: ToolSpec | None, max_calls: int | None
+  pieces: Sequence[dialects.Piece],
+  tool: ToolSpec | None,
+  max_calls: int | None,
+  dialect: dialects.Dialect,
 ) -> ParsedTurn:
   found: list[ToolCall] = []
   answers: list[str] = []
   content: list[str] = []
-  n_closed = at = 0
-  while at < len(pieces):
-    piece = pieces[at]
-    if piece.tag == tokenizer_lib.CALL_OPEN:
-      end = _call_end(pieces, at)
-      raw = _text(pieces[at + 1 : end.at]).strip()
-      if end.is_closed:
-        n_closed += 1
-        found.append(read_call(raw, tool))
-      else:
-        found.append(_rejected(raw, "unclosed", "there is no closing tag"))
-      at = end.at + end.is_closed
+  n_closed = 0
+  parts = dialect.split(pieces)
+  for at, part in enumerate(parts):
+    if isinstance(part, dialects.Found):
+      n_closed += part.is_closed
+      found.append(_checked(part, tool))
       continue
-    if piece.tag == tokenizer_lib.ANSWER_OPEN:
-      answers += _answer_from(pieces, at)
-    content.append(piece.text)
-    at += 1
+    if part.tag == tokenizer_lib.ANSWER_OPEN:
+      answers += _answer_from(parts, at)
+    content.append(part.text)
   if max_calls is not None:
     found = limit(found, max_calls)
   return ParsedTurn(
     calls=tuple(found),
     answers=tuple(answers),
     is_void=not n_closed and not answers,
-    content=_before_end("".join(content)).strip(),
+    content=_before_end("".join(content), _ends(dialect)).strip(),
   )
 
 
-def _before_end(text: str) -> str:
+def _before_end(text: str, ends: tuple[str, ...]) -> str:
   """Text without the tags that end a turn."""
-  ends = (tokenizer_lib.TURN_END, tokenizer_lib.END_OF_TEXT)
   while (short := text.rstrip()).endswith(ends):
     text = short[: short.rindex("<|")]
   return text
 
 
-class _End(NamedTuple):
-  """The piece that ends a call; where nothing closes it, what follows it."""
-
-  at: int
-  is_closed: bool
-
-
-def _call_end(pieces: Sequence[_Piece], start: int) -> _End:
-  """Where the call opened at `start` ends, by the policy above."""
-  tags = itertools.islice(
-    (
-      i
-      for i in range(start + 1, len(pieces))
-      if pieces[i].tag in (tokenizer_lib.CALL_OPEN, tokenizer_lib.CALL_CLOSE)
-    ),
-    _NEAR,
-  )
-  first = None
-  for i in tags:
-    first = i if first is None else first
-    is_close = pieces[i].tag == tokenizer_lib.CALL_CLOSE
-    if is_close and _is_json(_text(pieces[start + 1 : i])):
-      return _End(i, True)
-  if first is None:
-    return _End(len(pieces), False)
-  return _End(first, pieces[first].tag == tokenizer_lib.CALL_CLOSE)
-
-
-def _answer_from(pieces: Sequence[_Piece], start: int) -> list[str]:
+def _answer_from(
+  parts: Sequence[dialects.Piece | dialects.Found], start: int
+) -> list[str]:
   """The answer opened at `start`, if it is well-formed, else nothing."""
-  for i in range(start + 1, len(pieces)):
-    tag = pieces[i].tag
-    if tag in (tokenizer_lib.CALL_OPEN, tokenizer_lib.ANSWER_OPEN):
+  text: list[str] = []
+  for at in range(start + 1, len(parts)):
+    part = parts[at]
+    if isinstance(part, dialects.Found):
       return []
-    if tag == tokenizer_lib.ANSWER_CLOSE:
-      answer = rewards.extract_boxed(_text(pieces[start + 1 : i]))
+    if part.tag == tokenizer_lib.ANSWER_CLOSE:
+      answer = rewards.extract_boxed("".join(text))
       return [] if answer is None else [answer]
-    if pieces[i].is_special:
+    if part.tag == tokenizer_lib.ANSWER_OPEN or part.is_special:
       return []
+    text.append(part.text)
   return []
 
 
-def _text(pieces: Sequence[_Piece]) -> str:
-  return "".join(piece.text for piece in pieces)
-
-
-def _read_json(text: str) -> Any:
-  """Reads JSON, which has no NaN and no infinite numbers.
-
-  Raises:
-    ValueError, RecursionError: it is none.
-  """
-  return json.loads(text, parse_constant=_no_number, parse_float=_finite)
-
-
-def _no_number(text: str) -> float:
-  raise ValueError(f"{text} is no number of JSON")
-
-
-def _finite(text: str) -> float:
-  return float(text) if math.isfinite(float(text)) else _no_number(text)
-
-
-def _is_json(text: str) -> bool:
-  try:
-    _read_json(text)
-  except (ValueError, RecursionError):
-    return False
-  return True
-
-
 def read_call(raw: str, tool: ToolSpec | None = PYTHON) -> ToolCall:
-  """Reads the text between a call's tags.
+  """Reads the text between the tags of a Hermes call.
 
   Args:
     raw: JSON with `name` and `arguments`; arguments may themselves be a string
@@ -303,20 +248,24 @@ def read_call(raw: str, tool: ToolSpec | None = PYTHON) -> ToolCall:
     The call; `error` says what is wrong with it, if anything is.
   """
   try:
-    body = _read_json(raw)
-    if not isinstance(body, dict):
-      raise ValueError("the call must be a JSON object")
-    arguments = body.get("arguments", {})
-    if isinstance(arguments, str):
-      arguments = _read_json(arguments)
-  # Deep nesting exhausts the parser's stack: the model's fault too.
-  except (ValueError, RecursionError) as error:
-    return _rejected(raw, "bad JSON", str(error))
-  name = body.get("name")
+    return _checked(dialects.Found(raw, dialects.read_hermes(raw)), tool)
+  except dialects.BadCallError as e:
+    return _rejected(raw, e.error, str(e))
+
+
+def _checked(found: dialects.Found, tool: ToolSpec | None) -> ToolCall:
+  """The call, or why it is not to be run."""
+  raw, body = found.raw, found.body
+  if body is None:
+    return _rejected(raw, found.error, found.detail)
+  name, arguments = body.name, body.arguments
+  if body.is_code:
+    name = tool.name if tool else name
+    arguments = {"code": arguments}
   if tool is None:
     if not isinstance(name, str) or not name:
       return _rejected(raw, "unknown tool", "the call needs a name")
-    if not isinstance(arguments, dict) or "arguments" not in body:
+    if not isinstance(arguments, dict):
       detail = "`arguments` must be an object"
       return _rejected(raw, "bad arguments", detail, name)
     return ToolCall(name=name, arguments=arguments, raw=raw)
@@ -348,24 +297,18 @@ def limit(calls: Sequence[ToolCall], max_calls: int) -> list[ToolCall]:
 
 
 def _lex(
-  ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
-) -> Iterator[_Piece]:
+  ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer, tags: Sequence[str]
+) -> Iterator[dialects.Piece]:
   """Cuts ids at tags and at special tokens."""
-  spelt = [tag for tag in _TAGS if tag not in tokenizer.special_ids]
-  pattern = "|".join(re.escape(tag) for tag in spelt)
+  spelt = [tag for tag in tags if tag not in tokenizer.special_ids]
   run: list[int] = []
   for index in [*ids, None]:
     special = None if index is None else tokenizer.find_special(index)
     if index is not None and special is None:
       run.append(index)
       continue
-    for text in _split(pattern, tokenizer.decode(run)):
-      yield _Piece(text if text in spelt else None, text, False)
+    for text in dialects.split_at(spelt, tokenizer.decode(run)):
+      yield dialects.Piece(text if text in spelt else None, text, False)
     run = []
     if special is not None:
-      yield _Piece(special, special, True)
-
-
-def _split(pattern: str, text: str) -> list[str]:
-  pieces = re.split(f"({pattern})", text) if pattern else [text]
-  return [piece for piece in pieces if piece]
+      yield dialects.Piece(special, special, True)

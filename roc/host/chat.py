@@ -14,10 +14,10 @@ between a tag and its neighbour (the quickstart, where each token is time);
 """
 
 import abc
-import json
 from collections.abc import Callable, Sequence
 
 from roc import layout
+from roc.host import dialects
 from roc.host import messages as messages_lib
 from roc.host import tokenizer as tokenizer_lib
 
@@ -27,7 +27,7 @@ THINK_OPEN = "<think>"
 THINK_CLOSE = "</think>"
 # Tags that a model may write; all others are the template's.
 MODEL_TAGS = (
-  *(tokenizer_lib.CALL_OPEN, tokenizer_lib.CALL_CLOSE),
+  *(tokenizer_lib.CALL_OPEN, tokenizer_lib.CALL_CLOSE, dialects.PYTHON_TAG),
   *(tokenizer_lib.ANSWER_OPEN, tokenizer_lib.ANSWER_CLOSE),
   *(tokenizer_lib.REASON_OPEN, tokenizer_lib.REASON_CLOSE),
   *(THINK_OPEN, THINK_CLOSE),
@@ -41,6 +41,9 @@ class Chat(abc.ABC):
     tokenizer: should hold the tags as special tokens. A tag that is none is
       spelt out, and where it ends a turn `find_stop` has to look for it.
     turn_end: the tag that ends a turn of the model.
+
+  Attributes:
+    dialect: in which the model writes calls.
   """
 
   def __init__(
@@ -49,6 +52,7 @@ class Chat(abc.ABC):
     turn_end: str = tokenizer_lib.TURN_END,
   ):
     self.tokenizer = tokenizer
+    self.dialect = dialects.HERMES
     self._turn_end = turn_end
 
   @abc.abstractmethod
@@ -123,9 +127,9 @@ class Chat(abc.ABC):
 
   @property
   def stop_ids(self) -> tuple[int, ...]:
-    """Ids that end the model's turn: end of turn, end of text."""
+    """Ids that end the model's turn, by format and dialect, or the text."""
     ids = self.tokenizer.special_ids
-    tags = (self._turn_end, tokenizer_lib.END_OF_TEXT)
+    tags = (self._turn_end, *self.dialect.ends, tokenizer_lib.END_OF_TEXT)
     return tuple(ids[tag] for tag in tags if tag in ids)
 
   @property
@@ -281,14 +285,8 @@ class ChatFormat(Chat):
         + content
       )
     for call in calls:
-      body = json.dumps(
-        {"name": call.name, "arguments": dict(call.arguments)},
-        ensure_ascii=False,
-      )
       text += gap if text else ""
-      text += (
-        f"{tokenizer_lib.CALL_OPEN}{gap}{body}{gap}{tokenizer_lib.CALL_CLOSE}"
-      )
+      text += self.dialect.write(call.name, call.arguments, gap)
     return text
 
   def _turn_open(self, text: str) -> list[int]:

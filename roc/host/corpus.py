@@ -101,7 +101,7 @@ class Writer:
         where, f"cannot be written: {error}"
       ) from error
     ids = self._chat.assistant_ids(text)
-    parsed = self._toolbox.parse_turn(ids, self._chat.tokenizer)
+    parsed = self._toolbox.parse_turn(ids, self._chat)
     for i, call in enumerate(parsed.calls):
       if call.error is not None:
         field = f".tool_calls[{i}]" if turn.calls else ".content"

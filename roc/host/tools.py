@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from roc import layout
 from roc.host import calls, renderers
-from roc.host import tokenizer as tokenizer_lib
+from roc.host import chat as chat_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +160,12 @@ class Toolbox:
     return tool_schema(self._function, self.tool_name, note)
 
   def parse_turn(
-    self, ids: Sequence[int], tokenizer: tokenizer_lib.Tokenizer
+    self, ids: Sequence[int], chat: chat_lib.Chat
   ) -> calls.ParsedTurn:
-    """`calls.parse_turn` with this box's tool."""
-    return calls.parse_turn(ids, tokenizer, tool=self.spec)
+    """`calls.parse_turn` with this box's tool and the chat's dialect."""
+    return calls.parse_turn(
+      ids, chat.tokenizer, tool=self.spec, dialect=chat.dialect
+    )
 
   def submit(
     self, call: calls.ToolCall, *, trajectory: Any = "", call_index: int = 0

@@ -14,6 +14,7 @@ SCHEMA = tools.tool_schema(tools.python, "python")
 CODE = {"name": "python", "arguments": {"code": "print(156)"}}
 CALL = '<tool_call>\n{"name": "python", "arguments": {"code": "print(156)"}}\n'
 CALL += "</tool_call>"
+TOLD = "Call python with code, and stdin if it reads any."
 RESULTS = ["156", 'a "quoted" <|im_end|>\n{line}', "", "é 数\n\n"]
 ROLE = layout.Role
 
@@ -26,6 +27,8 @@ def qwen3():
 @pytest.fixture(scope="module")
 def make(qwen3):
   def make(template="", **options):
+    if template not in ("", "rstar2"):  # these write no calls
+      options = {"dialect": "hermes"} | options
     options = {"tools": [SCHEMA]} | options
     return template_chat.TemplateChat(qwen3, template=template, **options)
 
@@ -207,13 +210,14 @@ def test_templates_that_cannot_be_used_forwards(make, tmp_path, template, said):
   path = tmp_path / "t.jinja"
   path.write_text(template)
   with pytest.raises(ValueError, match=said):
-    make(str(path))
+    make(str(path), system=TOLD)
 
 
 def test_a_template_that_writes_results_as_json(make, tmp_path, qwen3):
   path = tmp_path / "t.jinja"
   shown = "{% if m.role == 'tool' %}{{ {'r': m.content} | tojson }}{% else %}"
   path.write_text(HEAD + shown + "{{ m.content }}{% endif %}" + END + OPEN)
-  ids, roles = make(str(path)).tool_suffix(['a "b"\n'])
+  chat = make(str(path), system=TOLD)
+  ids, roles = chat.tool_suffix(['a "b"\n'])
   assert r'{"r": "a \"b\"\n"}' in qwen3.decode(ids)
   assert ROLE.TOOL in roles

@@ -10,7 +10,6 @@ sandbox really printed when the script's code ran.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -20,6 +19,7 @@ import numpy as np
 from roc import layout
 from roc.host import chat as chat_lib
 from roc.host import episode as episode_lib
+from roc.host import messages as messages_lib
 from roc.host import tools
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
@@ -295,7 +295,7 @@ class _Run:
     """Writes the next turn and starts its calls."""
     ids = self._turn_ids(self._turns.pop(0))
     self.episode.append_model(ids, [0.0] * len(ids))
-    parsed = self._toolbox.parse_turn(ids, self._chat.tokenizer)
+    parsed = self._toolbox.parse_turn(ids, self._chat)
     self.episode.record_turn(parsed)
     return [
       self._toolbox.submit(
@@ -327,12 +327,11 @@ class _Run:
   def _turn_ids(self, turn: Turn) -> list[int]:
     if turn.code is not None:
       code = self._fill(turn.code)
-      call = {"name": self._toolbox.tool_name, "arguments": {"code": code}}
-      ids = self._chat.call_ids(json.dumps(call))
-    else:
-      ids = self._chat.tokenizer.encode(turn.text)
-      for answer in turn.answers:
-        ids = ids + self._chat.answer_ids(self._fill(answer))
+      call = messages_lib.Call(self._toolbox.tool_name, {"code": code})
+      return self._chat.assistant_ids(self._chat.turn_text("", [call]))
+    ids = self._chat.tokenizer.encode(turn.text)
+    for answer in turn.answers:
+      ids = ids + self._chat.answer_ids(self._fill(answer))
     return [*ids, self._chat.turn_end_id]
 
   def _fill(self, text: str) -> str:
