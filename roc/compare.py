@@ -188,7 +188,7 @@ def write(workdir: pathlib.Path) -> rich.table.Table:
   note = _note(runs)
   figure = _figure(estimates)
   outputs = {
-    "json": json.dumps(_as_json(estimates), indent=1) + "\n",
+    "json": json.dumps(_as_json(estimates), indent=1, allow_nan=False) + "\n",
     "md": _markdown(columns, body, note),
     "svg": plots.to_svg(figure, is_standalone=True),
     "html": _page(

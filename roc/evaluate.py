@@ -5,6 +5,7 @@ As a program it evaluates the newest checkpoint of a workdir; `train` uses the
 streams, so two policies are compared on the same problems and the same noise.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -28,6 +29,7 @@ from roc.host.tasks import problem as problem_lib
 
 # Of random numbers: the same for every evaluation, and nobody else's.
 STREAM = 2**31 - 1
+Summary = dict[str, float | None]
 # Enough for the longest answer; not more, where a slot has no room for it.
 _HEAD_TOKENS = 24
 
@@ -55,12 +57,23 @@ class Evaluator:
     if loop is None or settings != cfg.sampling:
       loop = build.make_loop(policy, settings, host, toolbox)
     self._loop = loop
-    self._problems = host.eval_task.problems(0, cfg.eval.n_problems)
+    n_asked = cfg.eval.n_problems
+    self._problems = problem_lib.distinct(host.eval_task, n_asked)
+    if len(self._problems) < n_asked:
+      build.say(
+        f"evaluation: the set has {len(self._problems)} problems, and each is"
+        f" asked once (config.eval.n_problems is {n_asked})"
+      )
     build.check_prompts(loop, self._problems, settings.cache_length)
     self._head = None
     if cfg.eval.head:
       greedy = dataclasses.replace(settings, temperature=0.0)
       self._head = build.make_engine(policy, greedy, host)
+
+  @property
+  def n_rollouts(self) -> int:
+    """Rollouts of an evaluation with the tool."""
+    return len(self._problems) * self._cfg.eval.samples
 
   def run(
     self,
@@ -68,7 +81,7 @@ class Evaluator:
     step: int = 0,
     *,
     on_finished: Callable[[int, int], None] | None = None,
-  ) -> tuple[dict[str, float], list[list[episode_lib.Episode]]]:
+  ) -> tuple[Summary, list[list[episode_lib.Episode]]]:
     """Evaluates parameters.
 
     Args:
@@ -77,7 +90,8 @@ class Evaluator:
       on_finished: see `AgentLoop.run`.
 
     Returns:
-      Metrics `eval/...` and the episodes, one list for each problem.
+      Metrics `eval/...`, None where nothing could be measured, and the
+      episodes, one list for each problem.
     """
     e = self._cfg.eval
     self._loop.sampler.set_params(params)
@@ -90,7 +104,15 @@ class Evaluator:
       stream=STREAM,
       on_finished=on_finished,
     )
-    row = {f"eval/heldout/{k}": v for k, v in summarise(groups).items()}
+    summary = summarise(groups)
+    if summary["accuracy"] is None:
+      reasons = collections.Counter(e.verdict for g in groups for e in g)
+      build.say(
+        f"the evaluation after step {step} has no accuracy: all of its"
+        f" {self.n_rollouts} rollouts are void by the environment's fault"
+        f" ({', '.join(f'{k}: {n}' for k, n in reasons.most_common())})"
+      )
+    row: Summary = {f"eval/heldout/{k}": v for k, v in summary.items()}
     if self._head is not None:
       self._head.set_params(params)
       chat = self._loop.chat
@@ -170,32 +192,34 @@ def draw_turns(
 
 def summarise(
   groups: Sequence[Sequence[episode_lib.Episode]],
-) -> dict[str, float]:
+) -> Summary:
   """Accuracy, its standard error, and how the rollouts went.
 
-  Rollouts of outcome VOID are outside. With k > 1 samples a problem, also
-  avg@k and the unbiased pass@j for powers of two (arXiv 2107.03374).
+  Rollouts of outcome VOID are outside of all of it, and so is a problem that
+  has no other. Accuracy is the mean over problems of each one's share of
+  correct rollouts; the standard error is that of this mean. With k > 1 samples
+  a problem, also avg@k, which is the accuracy, and the unbiased pass@j for
+  powers of two (arXiv 2107.03374).
 
   Args:
     groups: finished rollouts, one list for each problem.
 
   Returns:
-    Plain numbers; a share of nothing (failing calls of correct rollouts, when
-    none is correct) is left out.
+    Plain numbers, None for what is asked of no rollout at all; a share of
+    nothing (failing calls of correct rollouts, when none is correct) is left
+    out.
   """
-  live = [e for g in groups for e in g if e.outcome != layout.Outcome.VOID]
-  n_void = sum(len(g) for g in groups) - len(live)
-  is_correct = np.array([e.outcome == layout.Outcome.CORRECT for e in live])
-  means = [
-    np.mean([e.outcome == layout.Outcome.CORRECT for e in g])
-    for g in groups
-    if g
-  ]
-  row = {
-    "accuracy": float(np.mean(is_correct)) if live else math.nan,
-    "accuracy_stderr": float(np.std(means) / math.sqrt(max(len(means), 1))),
+  judged = [_judged(g) for g in groups]
+  live = [e for g in judged for e in g]
+  is_correct = [e.outcome == layout.Outcome.CORRECT for e in live]
+  means = [_n_correct(g) / len(g) for g in judged if g]
+  row: Summary = {
+    "accuracy": float(np.mean(means)) if means else None,
+    "accuracy_stderr": (
+      float(np.std(means) / math.sqrt(len(means))) if means else None
+    ),
     "n_problems": float(len(groups)),
-    "void": float(n_void),
+    "void": float(sum(map(len, groups)) - len(live)),
   }
   for name, subset in (
     ("correct", [e for e, ok in zip(live, is_correct, strict=True) if ok]),
@@ -222,13 +246,29 @@ def summarise(
   return row
 
 
-def pass_at(groups: Sequence[Sequence[episode_lib.Episode]], k: int) -> float:
-  """Mean over problems of 1 - C(n - c, k) / C(n, k), c correct of n."""
+def pass_at(
+  groups: Sequence[Sequence[episode_lib.Episode]], k: int
+) -> float | None:
+  """Mean over problems of 1 - C(n - c, k) / C(n, k), c correct of n judged.
+
+  A problem with fewer than k judged rollouts says nothing of it; None where
+  there is no other.
+  """
   shares = []
-  for g in groups:
-    n, c = len(g), sum(e.outcome == layout.Outcome.CORRECT for e in g)
-    shares.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
-  return float(np.mean(shares))
+  for g in map(_judged, groups):
+    if len(g) >= k:
+      n, c = len(g), _n_correct(g)
+      shares.append(1.0 - math.comb(n - c, k) / math.comb(n, k))
+  return float(np.mean(shares)) if shares else None
+
+
+def _judged(group: Sequence[episode_lib.Episode]) -> list[episode_lib.Episode]:
+  """Without the rollouts that the environment failed."""
+  return [e for e in group if e.outcome != layout.Outcome.VOID]
+
+
+def _n_correct(group: Sequence[episode_lib.Episode]) -> int:
+  return sum(e.outcome == layout.Outcome.CORRECT for e in group)
 
 
 def _powers_of_two(n: int) -> list[int]:
@@ -246,22 +286,22 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   policy = build.make_policy(cfg, host)
   loaded = parameters.load_policy(cfg, workdir, policy, build.make_mesh(cfg))
   build.say(loaded.where)
-  n_all = cfg.eval.n_problems * cfg.eval.samples
-  with (
-    build.started_sandbox(host) as sandbox,
-    progress_lib.Progress("evaluate", n_all, is_shown=cfg.log.progress) as bar,
-  ):
+  with build.started_sandbox(host) as sandbox:
     build.check_answers(host, sandbox)
     evaluator = Evaluator(cfg, policy, host, host.make_toolbox(sandbox))
-    row, groups = evaluator.run(
-      loaded.params, loaded.step, on_finished=lambda n, _: bar.update(n)
-    )
-  (workdir / "eval.json").write_text(json.dumps(row, indent=1) + "\n")
+    with progress_lib.Progress(
+      "evaluate", evaluator.n_rollouts, is_shown=cfg.log.progress
+    ) as bar:
+      row, groups = evaluator.run(
+        loaded.params, loaded.step, on_finished=lambda n, _: bar.update(n)
+      )
+  text = json.dumps(row, indent=1, allow_nan=False)
+  (workdir / "eval.json").write_text(text + "\n")
   with (workdir / "eval_rollouts.jsonl").open("w") as out:
     for e in (e for g in groups for e in g):
       out.write(e.to_json(host.tokenizer) + "\n")
   table = rich.table.Table("metric", "value")
   for name, value in row.items():
-    table.add_row(name, f"{value:.4g}")
+    table.add_row(name, "–" if value is None else f"{value:.4g}")
   rich.console.Console(highlight=False).print(table)
   build.say(f"written: {workdir / 'eval.json'}")

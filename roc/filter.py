@@ -273,10 +273,11 @@ def _find(
 def _print_json(found: filter_report.Found) -> None:
   for mode in found.keep:
     for scope in filter_report.SCOPES:
-      print(json.dumps(filter_report.mode_row(found, mode, scope)))
+      row = filter_report.mode_row(found, mode, scope)
+      print(json.dumps(row, allow_nan=False))
   for mode in found.keep:
     for row in filter_report.quota_rows(found, mode):
-      print(json.dumps(row))
+      print(json.dumps(row, allow_nan=False))
 
 
 def _print_tables(found: filter_report.Found) -> None:
@@ -309,7 +310,7 @@ def _show_group(found: filter_report.Found, values: argparse.Namespace) -> None:
   rows = filter_report.group_rows(found, names.index(values.group))
   if values.json:
     for row in rows:
-      print(json.dumps(row))
+      print(json.dumps(row, allow_nan=False))
   else:
     print(filter_report.group_text(rows))
 

@@ -233,7 +233,7 @@ class MetricsLog:
       metrics: numbers (numpy scalars too); what is not finite becomes null.
     """
     row = {"step": step} | {k: _number(v) for k, v in metrics.items()}
-    line = (json.dumps(row) + "\n").encode()
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
     end = os.fstat(self._fd).st_size
     try:
       written = os.write(self._fd, line)

@@ -348,7 +348,7 @@ def _loop(
   cfg = trainer.cfg
   n_steps, saved_step = cfg.train.steps, start or None
 
-  def evaluated(state: step_lib.TrainState, step: int) -> dict[str, float]:
+  def evaluated(state: step_lib.TrainState, step: int) -> evaluate.Summary:
     row, groups = trainer.evaluator.run(trainer.params(state), step)
     traces.write(traces.evaluation_path(workdir, step), groups, tokenizer)
     return row

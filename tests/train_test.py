@@ -25,6 +25,7 @@ from roc import (
 from roc.device import checkpoint
 from roc.host import episode as episode_lib
 from roc.host import traces
+from roc.host.tasks import problem
 
 STEPS = 3
 SFT_STEPS = 120  # enough for calls of the tool, right and wrong ones
@@ -458,6 +459,62 @@ def test_summary_without_void_ones():
   assert row["accuracy"] == 1.0 and row["void"] == 1.0
   # No call was made, so there is no share of failing ones.
   assert "failure_frequency_correct" not in row
+
+
+def test_void_rollouts_are_outside_of_every_estimate():
+  right, wrong, void = (
+    [episode(o)] for o in (Outcome.CORRECT, Outcome.WRONG, Outcome.VOID)
+  )
+  row = evaluate.summarise([right] * 10 + [wrong] * 20 + [void] * 98)
+  assert row["accuracy"] == pytest.approx(1 / 3)
+  assert row["accuracy_stderr"] == pytest.approx(0.0861, abs=1e-4)
+  assert (row["n_problems"], row["void"]) == (128, 98)
+  # By problem: 1 of 2, 1 of 3, 0 of 1, and one of which nothing is known.
+  groups = [
+    right + wrong + void + void,
+    right + wrong + wrong + void,
+    wrong + void * 3,
+    void * 4,
+  ]
+  row = evaluate.summarise(groups)
+  share = (1 / 2 + 1 / 3 + 0) / 3
+  assert row["accuracy"] == row["avg@4"] == pytest.approx(share)
+  assert row["pass@1"] == pytest.approx(share)
+  assert row["pass@2"] == pytest.approx((1 + 2 / 3) / 2)
+  assert row["pass@4"] is None
+  assert row["accuracy_stderr"] == pytest.approx(
+    np.std([1 / 2, 1 / 3, 0]) / 3**0.5
+  )
+
+
+def test_nothing_but_void_rollouts_is_null_and_no_nan():
+  void = [episode(Outcome.VOID)] * 2
+  row = evaluate.summarise([void, void])
+  names = ("accuracy", "accuracy_stderr", "avg@2", "pass@1", "pass@2")
+  assert [row[name] for name in names] == [None] * 5
+  assert row["void"] == 4 and json.dumps(row, allow_nan=False)
+
+
+class Problems:
+  """A task of so many problems, some more often than others."""
+
+  def __init__(self, ids, size=None):
+    self.ids = ids
+    if size is not None:
+      self.__class__ = type("Finite", (Problems,), {"__len__": lambda _: size})
+
+  def problem(self, index):
+    name = self.ids[index % len(self.ids)]
+    return problem.Problem(f"p{name}", name, f"{name}?", "1")
+
+
+def test_each_held_out_problem_is_asked_once():
+  ids = lambda found: [p.index for p in found]
+  small = Problems([4, 1, 4, 4, 2], size=3)
+  assert ids(problem.distinct(small, 128)) == [4, 1, 2]
+  assert ids(problem.distinct(small, 2)) == [4, 1]
+  endless = Problems(list(range(1000)))
+  assert ids(problem.distinct(endless, 128)) == list(range(128))
 
 
 def test_pass_at_is_unbiased():

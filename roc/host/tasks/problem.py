@@ -29,6 +29,24 @@ class Problem:
   )
 
 
+def distinct(task: "Task", count: int) -> list[Problem]:
+  """The first problems of a task's order, each once.
+
+  Args:
+    task: with a length, if it has an end: all its problems come again later.
+    count: how many, or all where there are fewer.
+  """
+  size = getattr(task, "__len__", None)
+  count = min(count, size()) if size else count
+  found: dict[str, Problem] = {}
+  place = 0
+  while len(found) < count:
+    p = task.problem(place)
+    found.setdefault(p.id, p)
+    place += 1
+  return list(found.values())
+
+
 class Task(Protocol):
   """A task set: an endless, repeatable order of problems."""
 
