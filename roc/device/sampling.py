@@ -161,7 +161,7 @@ def invert(mass_BV: jax.Array, u_B: jax.Array) -> jax.Array:
     u_B: float32 in [0, 1).
 
   Returns:
-    int32 [B]; never an id without mass.
+    int32 [B]; never an id without mass, wherever a row has any.
   """
   B, V = mass_BV.shape
   C = min(_BLOCK, V)
@@ -176,15 +176,23 @@ def invert(mass_BV: jax.Array, u_B: jax.Array) -> jax.Array:
 def _cross(
   mass_BN: jax.Array, goal_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Where the cumulated mass passes the goal; also what was left to go."""
+  """Where the cumulated mass passes the goal; also what was left to go.
+
+  Cumulated sums are not monotone in floats: each is added up in an order of its
+  own, so at an id without mass the sum may rise, fall and pass the goal. So the
+  crossing is looked for among ids that have mass.
+  """
   sum_BN = jnp.cumsum(mass_BN, axis=-1)
-  is_before_BN = sum_BN <= goal_B[:, None]
-  n_B = jnp.sum(is_before_BN, axis=-1, dtype=jnp.int32)
-  # Sums of other orders round otherwise: a goal may lie just behind the end.
+  has_mass_BN = mass_BN > 0
+  is_behind_BN = has_mass_BN & (sum_BN > goal_B[:, None])
+  # A goal may lie behind the last sum, which again rounds otherwise.
   index_N = jnp.arange(mass_BN.shape[1], dtype=jnp.int32)
-  last_B = jnp.max(jnp.where(mass_BN > 0, index_N, 0), axis=-1)
-  before_B = jnp.max(jnp.where(is_before_BN, sum_BN, 0.0), axis=-1)
-  return goal_B - before_B, jnp.minimum(n_B, last_B)
+  last_B = jnp.max(jnp.where(has_mass_BN, index_N, 0), axis=-1)
+  first_B = jnp.argmax(is_behind_BN, axis=-1).astype(jnp.int32)
+  n_B = jnp.where(jnp.any(is_behind_BN, axis=-1), first_B, last_B)
+  before_BN = jnp.pad(sum_BN, ((0, 0), (1, 0)))[:, :-1]
+  before_B = jnp.take_along_axis(before_BN, n_B[:, None], axis=1)[:, 0]
+  return goal_B - before_B, n_B
 
 
 def _mass(logits_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

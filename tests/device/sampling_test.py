@@ -156,6 +156,67 @@ def test_invert_takes_the_id_where_the_mass_passes_the_share(n_ids):
   assert np.all(goal_B <= sum_BV[row_B, got_B] + slack_B)
 
 
+def border_draws(mass_V, n_ulps):
+  """Shares at and around the cumulated mass of every id, and the two ends."""
+  sum_V = np.cumsum(mass_V.astype(np.float64))
+  share = (sum_V[mass_V > 0] / sum_V[-1]).astype(np.float32)
+  steps = np.arange(-n_ulps, n_ulps + 1, dtype=np.float32)[:, None] * 2.0**-24
+  last = np.float32(1 - 2**-24)
+  u_B = np.clip((share * (1 + steps)).ravel(), 0, last).astype(np.float32)
+  return np.concatenate([[0, last], u_B]).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  "how", [(20, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.05), (40, 0.95, 0.001)]
+)
+def test_what_is_left_out_is_never_drawn(how):
+  """The sums of ids without mass wobble in the last bit, where borders lie."""
+  invert = jax.jit(sampling.invert)
+  rng = np.random.default_rng(0)
+  for _ in range(6):
+    logits_BV = 3 * rng.normal(size=(1, 1200)).astype(np.float32)
+    kept_BV = sampling.restrict(jnp.asarray(logits_BV), *how)
+    mass_V = np.asarray(sampling._mass(kept_BV)[1][0])
+    assert 2 <= np.sum(mass_V > 0) <= 200
+    u_B = border_draws(mass_V, n_ulps=20)
+    # One shape, one compiled program: rows are repeated, not left out.
+    u_B = np.resize(u_B, -(-len(u_B) // 4096) * 4096)
+    for part_B in np.split(u_B, len(u_B) // 4096):
+      mass_BV = jnp.broadcast_to(mass_V, (4096, 1200))
+      got_B = np.asarray(invert(mass_BV, jnp.asarray(part_B)))
+      assert np.all(mass_V[got_B] > 0)
+
+
+def test_sums_that_are_not_monotone_draw_no_id_without_mass(monkeypatch):
+  """The same whatever order this machine adds in: sums wobble by design."""
+  cumsum = jnp.cumsum
+
+  def wobbling(x, axis):
+    sign = 1 - 2 * (jnp.arange(x.shape[axis]) % 2)
+    return cumsum(x, axis=axis) * (1 + 1e-6 * sign[None])
+
+  rng = np.random.default_rng(1)
+  mass_V = np.where(rng.random(1300) < 0.01, rng.random(1300), 0)
+  mass_V = mass_V.astype(np.float32)
+  u_B = border_draws(mass_V, n_ulps=30)
+  monkeypatch.setattr(jnp, "cumsum", wobbling)
+  mass_BV = jnp.broadcast_to(mass_V, (len(u_B), 1300))
+  invert = jax.jit(lambda *args: sampling.invert(*args))  # traced anew
+  got_B = np.asarray(invert(mass_BV, jnp.asarray(u_B)))
+  assert np.all(mass_V[got_B] > 0)
+  assert set(got_B) == set(np.flatnonzero(mass_V))
+  assert got_B[0] == got_B.min() and got_B[1] == got_B.max()
+
+
+@pytest.mark.parametrize("n_ids", [5, 700])
+def test_a_single_id_with_mass_is_always_drawn(n_ids):
+  u_B = jnp.array([0.0, 0.5, 1 - 2**-24], jnp.float32)
+  invert = jax.jit(sampling.invert)
+  for at in (0, n_ids // 2, n_ids - 1):
+    mass_BV = jnp.zeros((3, n_ids)).at[:, at].set(1e-30)
+    np.testing.assert_array_equal(invert(mass_BV, u_B), at)
+
+
 def test_large_vocabularies_are_drawn_from_as_they_should_be(keys_B2):
   """More ids than a block has: the whole range, by blocks, in proportion."""
   n_ids = 1300
