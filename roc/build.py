@@ -109,7 +109,8 @@ def shapes(
   """`config.model` with a vocabulary; without a host it must say its size.
 
   Raises:
-    errors.UserError: a vocabulary smaller than the tokenizer's.
+    errors.UserError: a vocabulary smaller than the tokenizer's, or than
+      config.sampling.top_k.
   """
   if host is None:
     return cfg.model
@@ -125,6 +126,7 @@ def shapes(
       f"config.model.vocab_size is {size} and the tokenizer has {n_tokens} "
       "tokens; set it to 0 to follow the tokenizer"
     )
+  config_checks.check_vocabulary(cfg, n_tokens)
   return dataclasses.replace(cfg.model, vocab_size=size)
 
 

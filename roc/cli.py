@@ -135,7 +135,7 @@ def parse(
     "config", config, flag_values=values, sys_argv=[name, *argv]
   )
   _parse_flags(values, argv, known)
-  return values, config_lib.resolve(config)
+  return values, config_lib.resolve(config, is_trained=source == "needed")
 
 
 def _parse_flags(

@@ -10,6 +10,7 @@ or a path. How the host side is built (task, tools, rewards, sandbox) belongs to
 gin (`roc.wiring`); `host` below only says which gin files and bindings to read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import ml_collections
+from ml_collections import config_dict
 
 from roc import config_checks, errors
 from roc.device import lora, sampling, selection
@@ -182,24 +184,39 @@ class Config:
 def default_config() -> ml_collections.ConfigDict:
   """Returns every setting at its default, locked: unknown keys are errors."""
   config = ml_collections.ConfigDict(dataclasses.asdict(Config()))
+  for prefix, cls in _sections(Config, ""):
+    section = config[prefix.rstrip(".")] if prefix else config
+    for field in dataclasses.fields(cls):
+      if type(None) in typing.get_args(field.type):
+        kind = _without_none(field.type)
+        section[field.name] = config_dict.placeholder(kind)
   return config.lock()
 
 
-def resolve(config: ml_collections.ConfigDict) -> Config:
+def resolve(
+  config: ml_collections.ConfigDict, *, is_trained: bool = True
+) -> Config:
   """Checks a ConfigDict as a whole and freezes it.
 
   Args:
     config: made by `default_config` and overridden; other keys are errors.
+    is_trained: whether the program trains with it: then sampling and loss must
+      agree too, which an evaluation does not ask for.
 
   Returns:
-    The frozen `Config` that programs take.
+    The frozen `Config` that programs take; bounds of the loss that were None
+    are numbers.
 
   Raises:
     errors.UserError: an unknown key, a wrong type or values that do not fit
       together, in one sentence that names the keys and the remedy.
   """
   resolved = _build(Config, config.to_dict(), "")
+  loss = step_lib.with_own_bounds(resolved.loss)
+  resolved = dataclasses.replace(resolved, loss=loss)
   check(resolved)
+  if is_trained:
+    config_checks.check_training(resolved)
   return resolved
 
 
@@ -258,6 +275,9 @@ _ADDED = {
   **{"sft.overlong": "error", "sft.heldout": 0.0},
   "train.keep_optimizer": False,
 }
+# Bounds that a run's correction does not read say nothing; runs from before
+# they could be None recorded these.
+_UNREAD = {"loss.correction_low": 0.5, "loss.correction_high": 2.0}
 # A program's run is not changed by the settings of another program.
 _NOT_READ_BY = {
   "sft": ("train.", "loss.", "filter."),
@@ -280,6 +300,8 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
     Flat `{"section.name": value}`, JSON-able.
   """
   left_out = (*_NOT_IDENTITY, *_NOT_READ_BY.get(program, ()))
+  loss = step_lib.with_own_bounds(config.loss)
+  config = dataclasses.replace(config, loss=loss)
   flat = {
     key: list(value) if isinstance(value, tuple) else value
     for key, value in flatten(config).items()
@@ -290,6 +312,9 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
       flat[key] = os.path.normpath(str(flat[key]))
   if not flat.get("lora.rank"):  # of a run without adapters it says nothing
     flat = {k: v for k, v in flat.items() if not k.startswith("lora.")}
+  for key, value in _UNREAD.items():
+    if key in flat and flat[key] is None:
+      flat[key] = value
   for key, value in _ADDED.items():
     if flat.get(key) == value:
       del flat[key]
@@ -320,6 +345,12 @@ def diff(a: Config, b: Config) -> list[str]:
 
 def _is_section(kind: Any) -> bool:
   return dataclasses.is_dataclass(kind)
+
+
+def _without_none(kind: Any) -> Any:
+  """`float | None` -> `float`; other types as they are."""
+  some = [k for k in typing.get_args(kind) if k is not type(None)]
+  return some[0] if type(None) in typing.get_args(kind) else kind
 
 
 def _sections(cls: type, prefix: str) -> Iterator[tuple[str, type]]:
@@ -362,6 +393,10 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
   """Returns `value` as `kind`, or says in one sentence why it is not one."""
+  if _without_none(kind) is not kind:
+    if value is None:
+      return None
+    kind = _without_none(kind)
   origin = typing.get_origin(kind)
   if origin is Literal:
     choices = typing.get_args(kind)
@@ -378,7 +413,8 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
         _typed(f"{name}[{i}]", v, element) for i, v in enumerate(value)
       )
   elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    with contextlib.suppress(OverflowError):
+      return float(value)
   elif isinstance(value, kind) and (
     kind is bool or not isinstance(value, bool)
   ):

@@ -5,12 +5,16 @@ user reads when one fails: the keys, what is wrong, what to do. All of it runs
 before any work starts and none of it needs a device.
 """
 
+import dataclasses
 import inspect
+import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from roc import errors
 from roc.device import lora, paged_tpu
+from roc.device import step as step_lib
 
 if TYPE_CHECKING:
   from roc import config as config_lib
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 def check(c: "config_lib.Config") -> None:
   """Raises `errors.UserError` on the first setting that cannot be."""
   for section in (
+    _check_finite,
     _check_ranges,
     _check_model,
     _check_lora,
@@ -29,6 +34,36 @@ def check(c: "config_lib.Config") -> None:
     _check_schedules,
   ):
     section(c)
+
+
+def check_training(c: "config_lib.Config") -> None:
+  """Raises `errors.UserError` if what is sampled does not suit the loss."""
+  s = c.sampling
+  restrictions = [
+    f"{name}={value}"
+    for name, value, off in (
+      ("top_k", s.top_k, 0),
+      ("top_p", s.top_p, 1),
+      ("min_p", s.min_p, 0),
+    )
+    if value != off
+  ]
+  _require(
+    not restrictions or c.loss.old_logprobs == "recompute",
+    f"config.sampling.{' and '.join(restrictions)} samples from another"
+    " distribution than the one that is trained, so the sampler's log-probs"
+    " cannot be the old ones of the ratio; set"
+    " config.loss.old_logprobs=recompute",
+  )
+
+
+def check_vocabulary(c: "config_lib.Config", n_ids: int) -> None:
+  """Raises `errors.UserError` if more tokens are kept than there are."""
+  _require(
+    c.sampling.top_k <= n_ids,
+    f"config.sampling.top_k ({c.sampling.top_k}) exceeds the vocabulary of"
+    f" {n_ids} tokens; lower it, or set it to 0 to keep all",
+  )
 
 
 def check_devices(c: "config_lib.Config", n_devices: int, backend: str) -> None:
@@ -68,6 +103,25 @@ def _at_least(c: "config_lib.Config", low: float, *keys: str) -> None:
     section, _, name = key.rpartition(".")
     value = getattr(getattr(c, section) if section else c, name)
     _require(value >= low, f"config.{key} must be at least {low}, got {value}")
+
+
+def _check_finite(c: "config_lib.Config") -> None:
+  for key, value in _numbers(dataclasses.asdict(c), "config"):
+    _require(
+      math.isfinite(value), f"{key} must be a finite number, got {value}"
+    )
+
+
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+  """Every float of a tree of settings, with its name."""
+  if isinstance(value, dict):
+    for name, part in value.items():
+      yield from _numbers(part, f"{key}.{name}")
+  elif isinstance(value, tuple):
+    for i, part in enumerate(value):
+      yield from _numbers(part, f"{key}[{i}]")
+  elif isinstance(value, float):
+    yield key, value
 
 
 def _check_ranges(c: "config_lib.Config") -> None:
@@ -196,6 +250,8 @@ def _check_sampling(c: "config_lib.Config") -> None:
   _require(
     0 < s.top_p <= 1, f"config.sampling.top_p must be in (0, 1], got {s.top_p}"
   )
+  if c.model.vocab_size:
+    check_vocabulary(c, c.model.vocab_size)
   _require(
     0 <= s.min_p <= 1, f"config.sampling.min_p must be in [0, 1], got {s.min_p}"
   )
@@ -214,22 +270,26 @@ def _check_sampling(c: "config_lib.Config") -> None:
 
 
 def _check_loss(c: "config_lib.Config") -> None:
-  x = c.loss
+  x = step_lib.with_own_bounds(c.loss)
   _require(
-    0 < x.eps_low <= 1 and x.eps_high > 0,
-    "config.loss.eps_low must be in (0, 1] and config.loss.eps_high above 0,"
-    f" got {x.eps_low} and {x.eps_high}",
+    x.eps_low is None or 0 < x.eps_low <= 1,
+    f"config.loss.eps_low must be in (0, 1], got {x.eps_low}",
+  )
+  _require(
+    x.eps_high is None or x.eps_high > 0,
+    f"config.loss.eps_high must be above 0, got {x.eps_high}",
   )
   _require(
     x.dual_clip == 0 or x.dual_clip > 1,
     f"config.loss.dual_clip must be 0 (off) or above 1, got {x.dual_clip}",
   )
   _require(x.ddof in (0, 1), f"config.loss.ddof must be 0 or 1, got {x.ddof}")
+  low, high = x.correction_low, x.correction_high
+  low = 0.0 if low is None else low
   _require(
-    0 < x.correction_low < x.correction_high,
-    "config.loss.correction_low must be above 0 and below"
-    f" config.loss.correction_high, got {x.correction_low} and"
-    f" {x.correction_high}",
+    low >= 0 and (high is None or low < high),
+    "config.loss.correction_low must be at least 0 and below"
+    f" config.loss.correction_high, got {low} and {high}",
   )
   _require(
     x.correction == "none" or x.old_logprobs == "recompute",

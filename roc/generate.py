@@ -9,6 +9,7 @@ sandbox.
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -106,7 +107,11 @@ def _read_prompt(values: argparse.Namespace) -> _Asked:
 
 def _check(values: argparse.Namespace) -> None:
   for name, holds, wanted in (
-    ("temperature", values.temperature >= 0, "at least 0"),
+    (
+      "temperature",
+      0 <= values.temperature < math.inf,
+      "at least 0 and finite",
+    ),
     ("top_p", 0 < values.top_p <= 1, "above 0 and at most 1"),
     ("top_k", values.top_k >= 0, "at least 0"),
     ("max_tokens", 1 <= values.max_tokens <= 2**20, "from 1 to 2**20"),
@@ -141,6 +146,11 @@ def make_sampler(values: argparse.Namespace, asked: _Asked) -> engine.Engine:
     raise errors.UserError(
       f"{values.model}: vocab_size is {shapes.vocab_size} and the tokenizer has"
       f" {n_ids} tokens, so they do not belong together"
+    )
+  if values.top_k > (n_ids or shapes.vocab_size):
+    raise errors.UserError(
+      f"generate: --top_k ({values.top_k}) exceeds the vocabulary of"
+      f" {n_ids or shapes.vocab_size} tokens; lower it, or set it to 0"
     )
   policy = model.Policy(shapes, n_ids=n_ids)
   params = weights.load(values.weights, policy, sharding.make_mesh(1, 1, 1))

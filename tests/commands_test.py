@@ -357,7 +357,10 @@ def test_what_cannot_be_generated(refused, folder, tmp_path):
   for flag, said in (
     ("--temperature=-1", "--temperature must be at least 0"),
     ("--greedy --temperature=1", "not allowed with argument --greedy"),
+    ("--temperature=inf", "--temperature must be at least 0 and finite"),
     ("--top_p=0", "--top_p must be above 0"),
+    ("--top_p=nan", "--top_p must be above 0"),
+    ("--top_k=999999", "--top_k (999999) exceeds the vocabulary of"),
     ("--max_tokens=0", "--max_tokens must be from 1 to"),
     ("--max_tokens=10000000", "--max_tokens must be from 1 to"),
     ("--n=0", "--n must be at least 1"),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import ml_collections
 import pytest
 
 from roc import config, config_checks, errors
+from roc.device import step as step_lib
 
 
 def changed(settings):
@@ -22,7 +24,11 @@ def changed(settings):
 def test_defaults_resolve_to_the_dataclass_defaults():
   cfg = config.default_config()
   assert isinstance(cfg, ml_collections.ConfigDict) and cfg.is_locked
-  assert config.resolve(cfg) == config.Config()
+  resolved = config.resolve(cfg)
+  # But for the bounds of the loss, which are numbers from then on.
+  loss = step_lib.with_own_bounds(config.LossConfig())
+  assert resolved == dataclasses.replace(config.Config(), loss=loss)
+  assert (resolved.loss.eps_low, resolved.loss.eps_high) == (0.2, 0.28)
 
 
 def test_resolved_config_is_frozen_and_hashable():
@@ -91,7 +97,28 @@ def test_booleans_are_no_numbers():
     ({"sft.warmup": 600}, "shorter than config.sft.steps"),
     ({"loss.correction": "tis"}, "needs config.loss.old_logprobs=recompute"),
     ({"loss.dual_clip": 0.5}, "dual_clip must be 0"),
-    ({"loss.correction_low": 3.0}, "correction_low"),
+    ({"loss.correction_low": -1.0}, "correction_low must be at least 0"),
+    (
+      {
+        "loss.correction": "icepop",
+        "loss.correction_low": 6.0,
+        "loss.old_logprobs": "recompute",
+      },
+      "correction_low must be at least 0 and below .* got 6.0 and 5.0",
+    ),
+    ({"loss.eps_low": 1.5}, r"eps_low must be in \(0, 1\]"),
+    ({"loss.eps_high": 0.0}, "eps_high must be above 0"),
+    ({"sampling.top_k": 20}, "top_k=20 .*config.loss.old_logprobs=recompute"),
+    ({"sampling.top_p": 0.8}, "top_p=0.8 .*config.loss.old_logprobs=recompute"),
+    ({"sampling.min_p": 0.1}, "min_p=0.1 .*config.loss.old_logprobs=recompute"),
+    (
+      {
+        "model.vocab_size": 100,
+        "sampling.top_k": 101,
+        "loss.old_logprobs": "recompute",
+      },
+      r"sampling.top_k \(101\) exceeds the vocabulary of 100",
+    ),
     ({"loss.ddof": 2}, "ddof must be 0 or 1"),
     ({"loss.kind": "ppo"}, "loss.kind must be one of clip, gspo, cispo"),
     ({"model.dtype": "bf16"}, "model.dtype must be one of"),
@@ -110,6 +137,74 @@ def test_settings_that_cannot_be_are_one_sentence(settings, text):
   assert "\n" not in str(e.value)
   # It names a key as the command line takes it.
   assert re.search(r"config\.\w+", str(e.value))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_number_is_infinite_or_nan(value):
+  numbers = [
+    key
+    for key, default in config.flatten(config.Config()).items()
+    if isinstance(default, float) or key in BOUNDS
+  ]
+  assert len(numbers) >= 30
+  for key in numbers:
+    with pytest.raises(
+      errors.UserError, match=f"config.{key} must be a finite"
+    ):
+      config.resolve(changed({key: value}))
+  text = config.to_json(config.Config()).replace("0.0001", "1" + 400 * "0")
+  with pytest.raises(errors.UserError, match="train.lr must be float"):
+    config.from_json(text)
+
+
+BOUNDS = (
+  *("loss.eps_low", "loss.eps_high"),
+  *("loss.correction_low", "loss.correction_high"),
+)
+
+
+def test_bounds_that_are_none_are_the_losss_own():
+  for settings, want in (
+    ({"loss.kind": "gspo"}, (3e-4, 4e-4, None, None)),
+    ({"loss.kind": "gspo", "loss.eps_low": 0.1}, (0.1, 4e-4, None, None)),
+    (
+      {"loss.correction": "icepop", "loss.old_logprobs": "recompute"},
+      (0.2, 0.28, 0.5, 5.0),
+    ),
+  ):
+    resolved = config.resolve(changed(settings))
+    flat = config.flatten(resolved)
+    assert tuple(flat[key] for key in BOUNDS) == want
+    assert config.from_json(config.to_json(resolved)) == resolved
+  with pytest.raises(TypeError, match="eps_low"):
+    changed({"loss.eps_low": "wide"})
+
+
+def test_runs_from_before_bounds_could_be_none_go_on():
+  old = config.LossConfig(
+    eps_low=0.2, eps_high=0.28, correction_low=0.5, correction_high=2.0
+  )
+  old = dataclasses.replace(config.Config(), loss=old)
+  now = config.resolve(config.default_config())
+  assert config.identity(old) == config.identity(now)
+  assert config.identity(now) == config.identity(config.Config())
+  assert {config.identity(now)[key] for key in BOUNDS} == {0.2, 0.28, 0.5, 2.0}
+  # But icepop drops from 5 on, no longer from 2.
+  settings = {"loss.correction": "icepop", "loss.old_logprobs": "recompute"}
+  now = config.resolve(changed(settings))
+  loss = dataclasses.replace(
+    old.loss, correction="icepop", old_logprobs="recompute"
+  )
+  old = dataclasses.replace(old, loss=loss)
+  assert config.identity(old) != config.identity(now)
+
+
+def test_an_evaluation_may_restrict_what_it_samples():
+  """It has no loss, so the run's setting of old log-probs says nothing."""
+  cfg = changed({"sampling.top_p": 0.95})
+  assert config.resolve(cfg, is_trained=False).sampling.top_p == 0.95
+  cfg.loss.old_logprobs = "recompute"
+  assert config.resolve(cfg).sampling.top_p == 0.95
 
 
 def test_unusual_settings_that_can_be():
@@ -204,7 +299,7 @@ def test_the_same_place_written_otherwise_is_the_same():
 
 
 def test_diff_says_what_changed():
-  a = config.Config()
+  a = config.resolve(config.default_config())
   b = config.resolve(changed({"train.lr": 1e-6, "seed": 4}))
   assert config.diff(a, a) == []
   assert config.diff(a, b) == ["seed: 0 -> 4", "train.lr: 0.0001 -> 1e-06"]
@@ -216,4 +311,4 @@ def test_every_setting_of_ours_has_a_help_text():
   bare = [k for k, v in texts.items() if not v and not k.startswith("model.")]
   assert bare == []
   assert texts["train.lr"] == "peak learning rate"
-  assert texts["loss.correction"].startswith("Weight by trainer")
+  assert texts["loss.correction"].startswith("Weight of the surrogate")

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from roc import layout, main
-from roc.core import trajectories
+from roc.core import losses, trajectories
 from roc.device import selection
+from roc.device import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -65,7 +66,30 @@ def test_every_metric_of_a_step_is_documented():
   keep_NO = jnp.ones((2, 4), bool)
   names = set(selection.rollout_metrics(traj))
   names |= set(selection.filter_metrics(traj, keep_NO, keep_NO))
+  one_BT = jnp.ones((1, 1))
+  names |= set(
+    losses.clipped_surrogate(
+      one_BT, one_BT, jnp.ones(1), one_BT > 0, dual_clip=3.0
+    )[1]
+  )
+  names |= set(step_lib.correction_stats(one_BT, one_BT > 0))
   documented = set(
     re.findall(r"`([\w/@]+)`", (ROOT / "docs" / "metrics.md").read_text())
   )
   assert names - documented == set()
+
+
+def test_bounds_on_the_page_are_those_of_the_losses():
+  page = (ROOT / "docs" / "how-it-works.md").read_text()
+  rows = re.findall(r"^\| `(\w+)` \| ([\d.]*) ?\| ([\d.]+) \|", page, re.M)
+  written = {
+    name: (float(low) if low else None, float(high)) for name, low, high in rows
+  }
+  stated = {}
+  for kind in step_lib.SURROGATES:
+    c = step_lib.with_own_bounds(step_lib.LossConfig(kind=kind))
+    stated[kind] = (c.eps_low, c.eps_high)
+  for name in step_lib.CORRECTIONS:
+    c = step_lib.with_own_bounds(step_lib.LossConfig(correction=name))
+    stated[name] = (c.correction_low, c.correction_high)
+  assert written == stated

@@ -577,6 +577,7 @@ def test_prompts_must_fit(ran, tmp_path):
       "model.remat": "full",
       "model.dtype": "bfloat16",
       "sampling.top_k": 20,
+      "loss.old_logprobs": "recompute",
       "eval.temperature": 0.0,
       "eval.samples": 2,
     },

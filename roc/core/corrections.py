@@ -10,15 +10,14 @@ always (`mismatch_kl`), correct it where it matters.
 import jax
 import jax.numpy as jnp
 
-from roc.core import masks, metrics
+from roc.core import logprobs, masks, metrics
 
 
 def _log_ratio_BT(logp_trainer_BT, logp_sampler_BT, is_model_BT) -> jax.Array:
   """log(pi_trainer / pi_sampler) without gradient, 0 off MODEL tokens."""
-  log_ratio_BT = logp_trainer_BT.astype(jnp.float32) - logp_sampler_BT.astype(
-    jnp.float32
+  return jax.lax.stop_gradient(
+    logprobs.log_ratio(logp_trainer_BT, logp_sampler_BT, is_model_BT)
   )
-  return jax.lax.stop_gradient(jnp.where(is_model_BT, log_ratio_BT, 0.0))
 
 
 def token_tis(
@@ -26,24 +25,24 @@ def token_tis(
   logp_sampler_BT: jax.Array,
   is_model_BT: jax.Array,
   *,
-  cap: float = 2.0,
+  high: float = 2.0,
 ) -> jax.Array:
-  """Truncated importance sampling per token: min(ratio, cap).
+  """Truncated importance sampling per token: min(ratio, high).
 
   Truncation after Ionides (2008), per token as in "Your Efficient RL Framework
-  Secretly Brings You Off-Policy RL Training" (Yao et al., 2025), cap 2.
+  Secretly Brings You Off-Policy RL Training" (Yao et al., 2025), at 2.
 
   Args:
     logp_trainer_BT: float [B, T], under the weights being trained.
     logp_sampler_BT: float [B, T], as recorded while sampling.
     is_model_BT: bool [B, T].
-    cap: largest weight.
+    high: largest weight.
 
   Returns:
     weight_BT, float32 [B, T], constant; 0 off MODEL tokens.
   """
   log_ratio_BT = _log_ratio_BT(logp_trainer_BT, logp_sampler_BT, is_model_BT)
-  weight_BT = jnp.minimum(jnp.exp(log_ratio_BT), cap)
+  weight_BT = jnp.minimum(jnp.exp(log_ratio_BT), high)
   return jnp.where(is_model_BT, weight_BT, 0.0)
 
 

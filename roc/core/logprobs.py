@@ -17,6 +17,11 @@ from roc.core import products
 
 _NO_SHARE = -1e30
 
+# Log ratios of two policies are cut off here before anything is done with
+# them: e^20 = 5e8 is far beyond every clipping bound and far from overflow.
+# The bound of verl (`negative_approx_kl` in verl/trainer/ppo/core_algos.py).
+LOG_RATIO_BOUND = 20.0
+
 
 @overload
 def token_logprobs(
@@ -126,6 +131,25 @@ def mask_ids(logits: jax.Array, n_ids: int) -> jax.Array:
   return jnp.where(jnp.arange(V) < n_ids, logits, _NO_SHARE)
 
 
+def log_ratio(
+  logp_BT: jax.Array, logp_other_BT: jax.Array, is_used_BT: jax.Array
+) -> jax.Array:
+  """log(p / p_other) of tokens, within +-`LOG_RATIO_BOUND`.
+
+  Args:
+    logp_BT: float [B, T], differentiated.
+    logp_other_BT: float [B, T], constant.
+    is_used_BT: bool [B, T]; what the two hold elsewhere, NaN and infinity
+      included, reaches neither value nor gradient.
+
+  Returns:
+    float32 [B, T], 0 where not used; the gradient is 0 beyond the bound.
+  """
+  use = lambda x: jnp.where(is_used_BT, x.astype(jnp.float32), 0.0)
+  ratio_BT = use(logp_BT) - jax.lax.stop_gradient(use(logp_other_BT))
+  return jnp.clip(ratio_BT, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+
+
 class _Head(NamedTuple):
   """How logits are computed and what becomes of them."""
 
@@ -192,7 +216,11 @@ def _forward(width, head, with_entropy, hidden_BTD, unembed_DV, target_BT):
 
 
 def _backward(width, head, with_entropy, residuals, cotangents):
-  """Rebuilds p chunk by chunk; adds up the unembedding's gradient in f32."""
+  """Rebuilds p chunk by chunk; adds up the unembedding's gradient in f32.
+
+  A token without cotangent contributes exactly 0 even where its hidden state is
+  not finite, and 0 * NaN would be NaN.
+  """
   *inputs, target_BT, lse_BT, entropy_BT = residuals
   hidden_BTD, unembed_DV = map(head.rounded, inputs)
   g_logp_BT, g_entropy_BT = cotangents
@@ -203,6 +231,9 @@ def _backward(width, head, with_entropy, residuals, cotangents):
       _slice(a, i, width)[:, :, None]
       for a in (target_BT, lse_BT, entropy_BT, g_logp_BT, g_entropy_BT)
     )
+    is_used = (g_logp != 0) | (g_entropy != 0)
+    hidden = jnp.where(is_used, hidden, 0)
+    lse, entropy = (jnp.where(is_used, x, 0) for x in (lse, entropy))
     logp = _logits(hidden, unembed_DV, head) - lse
     push = g_logp + g_entropy * (logp + entropy) if with_entropy else g_logp
     is_target = jnp.arange(logp.shape[-1])[None, None] == target

@@ -4,29 +4,55 @@ A loss here is an array over tokens and reduces nothing. What a token counts is
 decided once, on the whole batch (`token_weights`), so that the sum of
 weight * loss over microbatches and hosts is exactly that of the batch. All
 losses take log-probs, never a model; a token that the policy did not sample has
-loss 0 and gradient 0 whatever its log-probs hold.
+loss 0 and gradient 0 whatever its log-probs hold. Where they are passed the
+tokens of rows with weight alone, the same holds for all other rows. Log ratios
+are cut off at +-`logprobs.LOG_RATIO_BOUND`, so no ratio overflows.
 """
 
 import jax
 import jax.numpy as jnp
 
-from roc.core import masks, metrics
+from roc.core import logprobs, masks, metrics
 
 Stats = dict[str, metrics.Mean]
 
 WEIGHT_KINDS = ("prompt", "token", "sequence", "dr_grpo")
 
 
-def _log_ratio_BT(logp_new_BT, logp_old_BT, is_model_BT) -> jax.Array:
-  """log(new / old), with 0 in value and gradient off MODEL tokens."""
-  old_BT = jax.lax.stop_gradient(logp_old_BT.astype(jnp.float32))
-  return jnp.where(is_model_BT, logp_new_BT.astype(jnp.float32) - old_BT, 0.0)
+def _clipped(
+  ratio_BT: jax.Array,
+  adv_B: jax.Array,
+  is_model_BT: jax.Array,
+  low: float,
+  high: float,
+  dual_clip: float | None = None,
+) -> tuple[jax.Array, Stats]:
+  """-min(r A, clip(r, low, high) A), and shares of clipped tokens by side.
+
+  The minimum is written as a choice between ratio and bound, so that a clipped
+  token has gradient 0 exactly, however far its ratio is.
+  """
+  adv_B1 = _constant_B1(adv_B)
+  is_low_BT, is_high_BT = _sides(ratio_BT, adv_B1, low, high)
+  used_BT = jnp.where(is_low_BT, low, jnp.where(is_high_BT, high, ratio_BT))
+  stats = _ratio_stats(ratio_BT, is_low_BT, is_high_BT, is_model_BT)
+  if dual_clip is not None:
+    is_dual_BT = (ratio_BT > dual_clip) & (adv_B1 < 0)
+    used_BT = jnp.where(is_dual_BT, dual_clip, used_BT)
+    stats["clip_ratio/dual"] = metrics.mean(is_dual_BT, is_model_BT)
+  return jnp.where(is_model_BT, -used_BT * adv_B1, 0.0), stats
 
 
-def _ratio_stats(ratio_BT, adv_B1, is_model_BT, low, high) -> Stats:
-  """Shares of tokens whose gradient the clipping removes, by side."""
-  is_low_BT = (ratio_BT < low) & (adv_B1 < 0)
-  is_high_BT = (ratio_BT > high) & (adv_B1 > 0)
+def _constant_B1(adv_B) -> jax.Array:
+  return jax.lax.stop_gradient(adv_B.astype(jnp.float32))[:, None]
+
+
+def _sides(ratio_BT, adv_B1, low, high) -> tuple[jax.Array, jax.Array]:
+  """Where clipping removes the gradient, at the lower and the upper bound."""
+  return (ratio_BT < low) & (adv_B1 < 0), (ratio_BT > high) & (adv_B1 > 0)
+
+
+def _ratio_stats(ratio_BT, is_low_BT, is_high_BT, is_model_BT) -> Stats:
   return {
     "ratio": metrics.mean(ratio_BT, is_model_BT),
     "clip_ratio/low": metrics.mean(is_low_BT, is_model_BT),
@@ -71,19 +97,9 @@ def clipped_surrogate(
   """
   if dual_clip is not None and not dual_clip > 1:
     raise ValueError(f"dual_clip is {dual_clip}; it must be above 1, or None.")
-  adv_B1 = jax.lax.stop_gradient(adv_B.astype(jnp.float32))[:, None]
-  ratio_BT = jnp.exp(_log_ratio_BT(logp_new_BT, logp_old_BT, is_model_BT))
+  ratio_BT = jnp.exp(logprobs.log_ratio(logp_new_BT, logp_old_BT, is_model_BT))
   low, high = 1.0 - eps_low, 1.0 + eps_high
-  loss_BT = -jnp.minimum(
-    ratio_BT * adv_B1, jnp.clip(ratio_BT, low, high) * adv_B1
-  )
-  stats = _ratio_stats(ratio_BT, adv_B1, is_model_BT, low, high)
-  if dual_clip is not None:
-    bound_B1 = -dual_clip * adv_B1
-    is_dual_BT = (adv_B1 < 0) & (loss_BT > bound_B1)
-    loss_BT = jnp.where(is_dual_BT, bound_B1, loss_BT)
-    stats["clip_ratio/dual"] = metrics.mean(is_dual_BT, is_model_BT)
-  return jnp.where(is_model_BT, loss_BT, 0.0), stats
+  return _clipped(ratio_BT, adv_B, is_model_BT, low, high, dual_clip)
 
 
 def gspo(
@@ -114,7 +130,7 @@ def gspo(
     (loss_BT, stats) as `clipped_surrogate`; a row without MODEL tokens has
     ratio 1 and loss 0.
   """
-  log_ratio_BT = _log_ratio_BT(logp_new_BT, logp_old_BT, is_model_BT)
+  log_ratio_BT = logprobs.log_ratio(logp_new_BT, logp_old_BT, is_model_BT)
   mean_B1 = masks.masked_mean(log_ratio_BT, is_model_BT, -1).value[:, None]
   # The sequence's value with the token's gradient: x - sg(x) is 0.
   log_s_BT = (
@@ -122,14 +138,8 @@ def gspo(
     + log_ratio_BT
     - jax.lax.stop_gradient(log_ratio_BT)
   )
-  adv_B1 = jax.lax.stop_gradient(adv_B.astype(jnp.float32))[:, None]
-  ratio_BT = jnp.exp(log_s_BT)
   low, high = 1.0 - eps_low, 1.0 + eps_high
-  loss_BT = -jnp.minimum(
-    ratio_BT * adv_B1, jnp.clip(ratio_BT, low, high) * adv_B1
-  )
-  stats = _ratio_stats(ratio_BT, adv_B1, is_model_BT, low, high)
-  return jnp.where(is_model_BT, loss_BT, 0.0), stats
+  return _clipped(jnp.exp(log_s_BT), adv_B, is_model_BT, low, high)
 
 
 def cispo(
@@ -159,13 +169,14 @@ def cispo(
     (loss_BT, stats) as `clipped_surrogate`; here "clip_ratio/*" are shares of
     tokens with a clipped weight on the side where it would matter for PPO.
   """
-  log_ratio_BT = _log_ratio_BT(logp_new_BT, logp_old_BT, is_model_BT)
+  log_ratio_BT = logprobs.log_ratio(logp_new_BT, logp_old_BT, is_model_BT)
   ratio_BT = jax.lax.stop_gradient(jnp.exp(log_ratio_BT))
   low, high = 1.0 - eps_low, 1.0 + eps_high
-  adv_B1 = jax.lax.stop_gradient(adv_B.astype(jnp.float32))[:, None]
+  adv_B1 = _constant_B1(adv_B)
   logp_BT = jnp.where(is_model_BT, logp_new_BT.astype(jnp.float32), 0.0)
   loss_BT = -jnp.clip(ratio_BT, low, high) * adv_B1 * logp_BT
-  stats = _ratio_stats(ratio_BT, adv_B1, is_model_BT, low, high)
+  sides = _sides(ratio_BT, adv_B1, low, high)
+  stats = _ratio_stats(ratio_BT, *sides, is_model_BT)
   return jnp.where(is_model_BT, loss_BT, 0.0), stats
 
 
@@ -245,7 +256,7 @@ def kl_k1(
   Returns:
     float32 [B, T], 0 off MODEL tokens.
   """
-  return _log_ratio_BT(logp_new_BT, logp_ref_BT, is_model_BT)
+  return logprobs.log_ratio(logp_new_BT, logp_ref_BT, is_model_BT)
 
 
 def kl_k2(
@@ -261,7 +272,9 @@ def kl_k2(
   Returns:
     float32 [B, T], 0 off MODEL tokens.
   """
-  return 0.5 * jnp.square(_log_ratio_BT(logp_new_BT, logp_ref_BT, is_model_BT))
+  return 0.5 * jnp.square(
+    logprobs.log_ratio(logp_new_BT, logp_ref_BT, is_model_BT)
+  )
 
 
 def kl_k3(
@@ -277,7 +290,7 @@ def kl_k3(
   Returns:
     float32 [B, T], 0 off MODEL tokens.
   """
-  log_ratio_BT = -_log_ratio_BT(logp_new_BT, logp_ref_BT, is_model_BT)
+  log_ratio_BT = -logprobs.log_ratio(logp_new_BT, logp_ref_BT, is_model_BT)
   return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 

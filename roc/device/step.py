@@ -7,6 +7,8 @@ does not change what is optimised.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -22,15 +24,29 @@ Batch = dict[str, jax.Array]
 LossFn = Callable[[model_lib.Params, Batch], tuple[jax.Array, Metrics]]
 
 
+SURROGATES: dict[str, Callable] = {
+  "clip": losses.clipped_surrogate,
+  "gspo": losses.gspo,
+  "cispo": losses.cispo,
+}
+CORRECTIONS: dict[str, Callable] = {
+  "tis": corrections.token_tis,
+  "icepop": corrections.icepop,
+  "sequence": corrections.sequence_mask,
+  "geometric": corrections.geometric_mask,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
   """The policy-gradient loss."""
 
-  # The surrogate. Clip widths: gspo about 3e-4 and 4e-4 (with the normaliser
-  # "sequence"), cispo about 1 and 4.
+  # The surrogate; gspo goes with the normaliser "sequence".
   kind: Literal["clip", "gspo", "cispo"] = "clip"
-  eps_low: float = 0.2  # lower clip bound: 1 - eps_low
-  eps_high: float = 0.28  # upper clip bound: 1 + eps_high
+  # Lower clip bound: 1 - eps_low; None: the surrogate's own width.
+  eps_low: float | None = None
+  # Upper clip bound: 1 + eps_high; None: the surrogate's own width.
+  eps_high: float | None = None
   dual_clip: float = 0.0  # bound for negative advantages, above 1; 0: off
   # What a token is divided by: the tokens of its prompt's group, all tokens of
   # the batch, those of its rollout, or a constant length.
@@ -39,13 +55,37 @@ class LossConfig:
   ddof: int = 1  # of that deviation
   kl_coef: float = 0.0  # weight of the divergence from the first policy
   entropy_coef: float = 0.0  # weight of the entropy bonus
-  # Weight by trainer over sampler probability; needs old_logprobs=recompute.
+  # Weight of the surrogate by trainer over sampler probability; needs
+  # old_logprobs=recompute.
   correction: Literal["none", "tis", "icepop", "sequence", "geometric"] = "none"
-  correction_low: float = 0.5  # ratios under it are dropped
-  correction_high: float = 2.0  # ratios over it are dropped, or cut by tis
+  # Ratios under it are dropped, tis has no such bound; None: the correction's.
+  correction_low: float | None = None
+  # Ratios over it are dropped, or cut by tis; None: the correction's own.
+  correction_high: float | None = None
   # Old log-probs: as sampled, or computed again by the train step.
   old_logprobs: Literal["sampler", "recompute"] = "sampler"
   logprob_chunk: int = 1024  # tokens whose logits exist at one time
+
+
+def with_own_bounds(config: LossConfig) -> LossConfig:
+  """Bounds that are None become those of the chosen surrogate and correction.
+
+  They are the defaults of the functions in `roc.core`, which give their source.
+  A bound that the choice does not have stays None.
+  """
+  own = {}
+  for function, names in (
+    (SURROGATES[config.kind], {"eps_low": "eps_low", "eps_high": "eps_high"}),
+    (
+      CORRECTIONS.get(config.correction),
+      {"low": "correction_low", "high": "correction_high"},
+    ),
+  ):
+    stated = inspect.signature(function).parameters if function else {}
+    for name, setting in names.items():
+      if name in stated and getattr(config, setting) is None:
+        own[setting] = stated[name].default
+  return dataclasses.replace(config, **own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +147,7 @@ def sft_loss(policy: model_lib.Policy, chunk: int) -> LossFn:
       policy, params, batch, chunk=chunk, temperature=1.0
     )
     is_model_BT = batch["roles_BT"] == layout.Role.MODEL
+    logp_BT = jnp.where(is_model_BT, logp_BT, 0.0)
     return -jnp.sum(batch["weight_BT"] * logp_BT), {
       "loss": metrics.mean(-logp_BT, is_model_BT),
       "entropy": metrics.mean(entropy_BT, is_model_BT),
@@ -128,42 +169,41 @@ def grpo_loss(
 
   The batch holds tokens_BT, roles_BT, logp_sampler_BT, logp_old_BT,
   advantage_B and weight_BT (`losses.token_weights`), and logp_ref_BT where
-  `kl_coef` is not 0.
+  `kl_coef` is not 0. A row without weight adds exactly 0 to the loss, to its
+  gradient and to the metrics, whatever it holds.
   """
-  c = config
-  surrogate = {
-    "clip": lambda *a: losses.clipped_surrogate(
-      *a,
-      eps_low=c.eps_low,
-      eps_high=c.eps_high,
-      dual_clip=c.dual_clip or None,
-    ),
-    "gspo": lambda *a: losses.gspo(*a, eps_low=c.eps_low, eps_high=c.eps_high),
-    "cispo": lambda *a: losses.cispo(
-      *a, eps_low=c.eps_low, eps_high=c.eps_high
-    ),
-  }[c.kind]
+  c = with_own_bounds(config)
+  bounds = {"eps_low": c.eps_low, "eps_high": c.eps_high}
+  if c.kind == "clip":
+    bounds["dual_clip"] = c.dual_clip or None
+  surrogate = functools.partial(SURROGATES[c.kind], **bounds)
 
   def loss_fn(params, batch):
+    weight_BT = batch["weight_BT"]
+    is_live_BT = (batch["roles_BT"] == layout.Role.MODEL) & (weight_BT > 0)
     logp_BT, entropy_BT = score(
-      policy, params, batch, chunk=c.logprob_chunk, temperature=temperature
+      policy,
+      params,
+      _without_dead_tokens(batch, is_live_BT),
+      chunk=c.logprob_chunk,
+      temperature=temperature,
     )
-    is_model_BT = batch["roles_BT"] == layout.Role.MODEL
     logp_old_BT = batch["logp_old_BT"]
     logp_sampler_BT = batch["logp_sampler_BT"]
     loss_BT, stats = surrogate(
-      logp_BT, logp_old_BT, batch["advantage_B"], is_model_BT
+      logp_BT, logp_old_BT, batch["advantage_B"], is_live_BT
     )
-    weight_BT = batch["weight_BT"]
     if c.correction != "none":
-      weight_BT *= _correction(c, logp_old_BT, logp_sampler_BT, is_model_BT)
+      correction_BT = _correction(c, logp_old_BT, logp_sampler_BT, is_live_BT)
+      stats |= correction_stats(correction_BT, is_live_BT)
+      loss_BT *= correction_BT
     kl_BT = None
     if c.kl_coef:
-      kl_BT = losses.kl_k3(logp_BT, batch["logp_ref_BT"], is_model_BT)
-      stats["kl"] = metrics.mean(kl_BT, is_model_BT)
+      kl_BT = losses.kl_k3(logp_BT, batch["logp_ref_BT"], is_live_BT)
+      stats["kl"] = metrics.mean(kl_BT, is_live_BT)
     loss_BT = losses.with_regularizers(
       loss_BT,
-      is_model_BT,
+      is_live_BT,
       kl_BT=kl_BT,
       kl_coef=c.kl_coef,
       entropy_BT=entropy_BT,
@@ -171,10 +211,10 @@ def grpo_loss(
     )
     loss = jnp.sum(weight_BT * loss_BT)
     stats |= {
-      "loss": metrics.Mean(loss, jnp.sum(batch["weight_BT"])),
-      "entropy": metrics.mean(entropy_BT, is_model_BT),
+      "loss": metrics.Mean(loss, jnp.sum(weight_BT)),
+      "entropy": metrics.mean(entropy_BT, is_live_BT),
       "mismatch_kl": corrections.mismatch_kl(
-        logp_BT, logp_sampler_BT, is_model_BT
+        logp_BT, logp_sampler_BT, is_live_BT
       ),
     }
     return loss, stats
@@ -182,19 +222,40 @@ def grpo_loss(
   return loss_fn
 
 
+def _without_dead_tokens(batch: Batch, is_live_BT: jax.Array) -> Batch:
+  """Rows that carry no loss become padding before the model reads them.
+
+  A rollout whose logits are not finite would make them so again here, and then
+  a weight of 0 does not help: the backward pass multiplies it by NaN.
+  """
+  is_live_B1 = jnp.any(is_live_BT, axis=-1, keepdims=True)
+  return batch | {"tokens_BT": jnp.where(is_live_B1, batch["tokens_BT"], 0)}
+
+
 def _correction(
   c: LossConfig,
   logp_old_BT: jax.Array,
   logp_sampler_BT: jax.Array,
-  is_model_BT: jax.Array,
+  is_live_BT: jax.Array,
 ) -> jax.Array:
   """Weights for sampling under other numerics than those trained."""
-  args = (logp_old_BT, logp_sampler_BT, is_model_BT)
   bounds = {"low": c.correction_low, "high": c.correction_high}
   if c.correction == "tis":
-    return corrections.token_tis(*args, cap=c.correction_high)
-  if c.correction == "icepop":
-    return corrections.icepop(*args, **bounds)
-  if c.correction == "sequence":
-    return corrections.sequence_mask(*args, **bounds)
-  return corrections.geometric_mask(*args, **bounds)
+    del bounds["low"]
+  return CORRECTIONS[c.correction](
+    logp_old_BT, logp_sampler_BT, is_live_BT, **bounds
+  )
+
+
+def correction_stats(
+  correction_BT: jax.Array, is_live_BT: jax.Array
+) -> Metrics:
+  """The mean weight, and the shares of tokens and whole rows that it drops."""
+  is_dropped_BT = is_live_BT & (correction_BT == 0)
+  is_live_B = jnp.any(is_live_BT, axis=-1)
+  is_dropped_B = is_live_B & jnp.all(is_dropped_BT == is_live_BT, axis=-1)
+  return {
+    "correction/weight": metrics.mean(correction_BT, is_live_BT),
+    "correction/tokens_dropped": metrics.mean(is_dropped_BT, is_live_BT),
+    "correction/rows_dropped": metrics.mean(is_dropped_B, is_live_B),
+  }

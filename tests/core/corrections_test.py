@@ -70,8 +70,9 @@ def test_equal_policies_weigh_one(function):
 
 
 @pytest.mark.parametrize("function", EVERY)
-def test_weights_are_constant_and_finite_for_the_farthest_ratios(function):
-  trainer = TRAINER.at[0, 0].set(1e6).at[:, 4].set(jnp.nan)
+@pytest.mark.parametrize("far", [1e6, np.inf])
+def test_weights_are_constant_and_finite_for_the_farthest_ratios(function, far):
+  trainer = TRAINER.at[0, 0].set(far).at[:, 4].set(jnp.nan)
 
   def total(trainer):
     return jnp.sum(function(trainer, SAMPLER, IS_MODEL))
@@ -120,6 +121,12 @@ def test_mismatch_estimates_the_divergence_of_sampler_from_trainer():
   np.testing.assert_allclose(
     metrics.finalize({"kl": kl})["kl"], true_kl, rtol=1e-4
   )
+
+
+@pytest.mark.parametrize("far", [89.0, 1e6, -1e6, np.inf, -np.inf])
+def test_mismatch_of_the_farthest_policies_is_finite(far):
+  kl = corrections.mismatch_kl(SAMPLER + far, SAMPLER, IS_MODEL)
+  assert np.isfinite(kl.num) and float(kl.num) > 0
 
 
 def test_mismatch_resolves_the_last_bits():

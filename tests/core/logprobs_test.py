@@ -177,6 +177,40 @@ def test_each_token_depends_on_its_own_hidden_state_alone():
   np.testing.assert_array_equal(reach, np.eye(B * T, dtype=bool))
 
 
+@pytest.mark.parametrize("garbage", [jnp.nan, jnp.inf, -jnp.inf])
+def test_tokens_without_weight_may_have_any_hidden_state(garbage):
+  """0 * NaN is NaN, in the gradient of the unembedding above all."""
+  hidden, unembed, target = inputs()
+  is_used = jnp.array([[True] * 5 + [False] * 2, [False] * T, [True] * T])
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def total(hidden, unembed):
+    both = CHUNKED(hidden, unembed, target)
+    return sum(jnp.sum(jnp.where(is_used, x, 0.0)) for x in both)
+
+  value, grads = total(hidden, unembed)
+  dirty = jnp.where(is_used[:, :, None], hidden, garbage)
+  value_again, grads_again = total(dirty, unembed)
+  assert float(value) == float(value_again)
+  jax.tree.map(np.testing.assert_array_equal, grads_again, grads)
+  np.testing.assert_array_equal(np.asarray(grads[0])[~np.asarray(is_used)], 0.0)
+
+
+def test_log_ratio_is_bounded_and_constant_off_used_tokens():
+  used = jnp.array([[True, True, True, False]])
+  new = jnp.array([[-1.0, -1.0, 30.0, jnp.nan]])
+  old = jnp.array([[-1.5, jnp.inf, 0.0, -jnp.inf]])
+  run = lambda new, old: jnp.sum(logprobs.log_ratio(new, old, used))
+  bound = logprobs.LOG_RATIO_BOUND
+  np.testing.assert_array_equal(
+    logprobs.log_ratio(new, old, used), [[0.5, -bound, bound, 0.0]]
+  )
+  by_new, by_old = jax.grad(run, argnums=(0, 1))(new, old)
+  np.testing.assert_array_equal(by_new, [[1.0, 0.0, 0.0, 0.0]])
+  np.testing.assert_array_equal(by_old, 0.0)
+
+
 def test_no_array_of_all_logits_exists():
   """The compiled backward pass holds less than one [B, T, V] array."""
   b, t, d, v = 4, 256, 16, 4096

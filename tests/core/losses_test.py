@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc.core import advantages, losses
+from roc.core import advantages, corrections, logprobs, losses
 
 LOSSES = {
   "clip": losses.clipped_surrogate,
@@ -184,6 +184,120 @@ def test_cispo_keeps_a_gradient_where_ppo_clips():
 def test_dual_clip_must_exceed_one():
   with pytest.raises(ValueError, match="above 1"):
     losses.clipped_surrogate(*batch(), dual_clip=1.0)
+
+
+FAR = np.exp(logprobs.LOG_RATIO_BOUND)
+
+
+@pytest.mark.parametrize("old", [-89.0, -120.0, -1e4, -np.inf])
+@pytest.mark.parametrize(
+  ("name", "adv", "loss"),
+  [
+    ("clip", 2.0, -2.56),
+    ("clip", 0.0, 0.0),
+    ("clip", -2.0, 2.0 * FAR),
+    ("dual", 2.0, -2.56),
+    ("dual", 0.0, 0.0),
+    ("dual", -2.0, 6.0),
+    ("gspo", 2.0, -2.4),
+    ("gspo", 0.0, 0.0),
+    ("gspo", -2.0, 2.0 * FAR),
+  ],
+)
+def test_ratios_out_of_all_bounds_are_clipped_without_gradient(
+  name, adv, loss, old
+):
+  def total(new):
+    one = jnp.ones((1, 1), bool)
+    return LOSSES[name](new, jnp.full((1, 1), old), jnp.array([adv]), one)[0][
+      0, 0
+    ]
+
+  value, grad = jax.value_and_grad(total)(jnp.zeros((1, 1)))
+  np.testing.assert_allclose(value, loss, rtol=1e-6)
+  assert float(grad[0, 0]) == 0.0
+
+
+@pytest.mark.parametrize("old", [-89.0, -1e4, -np.inf])
+def test_far_ratios_reach_cispos_cap_and_keep_its_gradient(old):
+  def total(new):
+    one = jnp.ones((1, 1), bool)
+    args = new, jnp.full((1, 1), old), jnp.array([2.0]), one
+    return losses.cispo(*args)[0][0, 0]
+
+  value, grad = jax.value_and_grad(total)(jnp.full((1, 1), -0.5))
+  assert (float(value), float(grad[0, 0])) == (5.0, -10.0)
+
+
+@pytest.mark.parametrize("gap", [89.0, 1e4, np.inf, -89.0, -1e4, -np.inf])
+def test_kl_of_far_policies_is_finite(gap):
+  one = jnp.ones((1, 1), bool)
+  for f in KLS.values():
+    value, grad = jax.value_and_grad(
+      lambda x, f=f: f(x, x * 0 - gap, one)[0, 0]
+    )(jnp.zeros((1, 1)))
+    assert np.isfinite(value) and float(grad[0, 0]) == 0.0
+
+
+CORRECTIONS = {
+  "none": lambda *_: 1.0,
+  "tis": corrections.token_tis,
+  "icepop": corrections.icepop,
+  "sequence": corrections.sequence_mask,
+  "geometric": functools.partial(corrections.geometric_mask, low=0.5, high=2.0),
+}
+KLS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
+
+
+@jax.jit
+def every_objective(new, other, adv, is_model, weight):
+  """Value, gradient and metrics of each surrogate under each correction."""
+  old, sampler, ref = other
+  is_live = is_model & (weight > 0)
+
+  def by_parts(new):
+    out = {k: jnp.sum(weight * f(new, ref, is_live)) for k, f in KLS.items()}
+    stats = {"mismatch": corrections.mismatch_kl(new, sampler, is_live)}
+    for name, surrogate in LOSSES.items():
+      loss, stats[name] = surrogate(new, old, adv, is_live)
+      for correction, f in CORRECTIONS.items():
+        factor = f(old, sampler, is_live)
+        out[f"{name} {correction}"] = jnp.sum(weight * factor * loss)
+    return out, stats
+
+  out, stats = by_parts(new)
+  return out, jax.jacrev(lambda new: by_parts(new)[0])(new), stats
+
+
+@pytest.mark.parametrize("kind", losses.WEIGHT_KINDS)
+def test_rows_without_weight_add_exactly_nothing(kind):
+  """Whatever they hold: overflowing ratios, NaN, the filler of other tools."""
+  rng = np.random.default_rng(8)
+  new, old, adv, is_model = batch(seed=7)
+  near = lambda: old + 0.05 * rng.normal(size=old.shape).astype(np.float32)
+  other = (old, near(), near())
+  is_dead_B = np.array([False, True, False, False, True, False])
+  weight = losses.token_weights(
+    is_model.reshape(2, 3, -1),
+    kind,
+    is_kept_NG=jnp.array(~is_dead_B).reshape(2, 3),
+    max_length=9,
+  ).reshape(old.shape)
+  clean = every_objective(new, other, adv, is_model, weight)
+  assert all(np.any(grad != 0) for grad in clean[1].values())
+  for grad in clean[1].values():
+    np.testing.assert_array_equal(np.asarray(grad)[is_dead_B], 0.0)
+  for garbage in (1e4, -1e4, -9999.0, np.inf, -np.inf, np.nan):
+    fill = lambda x, g=garbage: jnp.where(
+      is_dead_B.reshape(-1, *[1] * (x.ndim - 1)), g, x
+    )
+    for dirty in (
+      (fill(new), other),
+      (new, tuple(map(fill, other))),
+      (fill(new), tuple(fill(x, -garbage) for x in other)),
+    ):
+      got = every_objective(*dirty, fill(adv), is_model, weight)
+      jax.tree.map(np.testing.assert_array_equal, got, clean)
 
 
 # Weights -------------------------------------------------------------------

@@ -206,6 +206,25 @@ def test_row_filters_stack(traj):
   np.testing.assert_array_equal(got.is_live_NO[1], False)
 
 
+@pytest.mark.parametrize(
+  ("rule", "left_out"),
+  [({"overlong": "mask"}, 2), ({"drop_void_turns": True}, 1)],
+)
+def test_what_row_filters_leave_out_is_outside_of_the_baseline(
+  traj, rule, left_out
+):
+  """Mean, deviation and weights are those of the three that are left."""
+  loss = step_lib.LossConfig(normaliser="sequence")
+  got, _ = select(traj, loss, mode="none", n_kept=N_DRAWN, **rule)
+  is_left_O = np.arange(N_DRAWN) != left_out
+  reward_O = np.array([1.0, 1.0, 0.0, 0.0])[is_left_O]
+  want_O = (reward_O - reward_O.mean()) / reward_O.std(ddof=1)
+  np.testing.assert_allclose(got.advantage_NO[0, is_left_O], want_O, rtol=1e-5)
+  assert float(got.advantage_NO[0, left_out]) == 0.0
+  weight_O = np.sum(got.batch["weight_BT"], axis=-1)[:N_DRAWN]
+  np.testing.assert_allclose(weight_O, is_left_O / 3, rtol=1e-6)
+
+
 def test_soft_penalty_shapes_after_the_filter(traj):
   plain, _ = select(traj)
   loss = step_lib.LossConfig(scale_by_std=False)

@@ -86,7 +86,8 @@ def loss_and_grads(loss_fn, params, *batches):
 
 VARIANTS = {
   "clip": {},
-  "gspo": {"kind": "gspo"},
+  # Bounds as wide as those of single tokens, so that no row is clipped.
+  "gspo": {"kind": "gspo", "eps_low": 0.2, "eps_high": 0.28},
   "cispo": {"kind": "cispo"},
   "dual, tis, kl, entropy": {
     "dual_clip": 3.0,
@@ -98,7 +99,11 @@ VARIANTS = {
 SLOW_VARIANTS = {
   "icepop": {"correction": "icepop"},
   "sequence": {"correction": "sequence"},
-  "geometric": {"correction": "geometric"},
+  "geometric": {
+    "correction": "geometric",
+    "correction_low": 0.5,
+    "correction_high": 2.0,
+  },
   "kl": {"kl_coef": 0.1},
   "entropy": {"entropy_coef": 0.1},
 }
@@ -208,6 +213,183 @@ def test_on_policy_gradient_is_reinforce(table, batch):
   assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
   assert row["clip_ratio/region"] == 0.0
   assert row["mismatch_kl"] == pytest.approx(0.0, abs=1e-9)
+
+
+def poisoned(batch, is_dead_B, value):
+  """The batch with rows that weigh nothing and hold `value` in all places."""
+  fill = lambda x: np.where(
+    is_dead_B.reshape(-1, *[1] * (x.ndim - 1)), np.float32(value), x
+  )
+  names = ("logp_sampler_BT", "logp_old_BT", "logp_ref_BT", "advantage_B")
+  weight_BT = np.where(is_dead_B[:, None], 0, batch["weight_BT"])
+  return (
+    batch
+    | {name: fill(batch[name]) for name in names}
+    | {"weight_BT": weight_BT.astype(np.float32)}
+  )
+
+
+def test_rows_without_weight_add_exactly_nothing(table, batch):
+  """To loss, gradients and metrics, through the log-probs and beyond."""
+  config = step_lib.LossConfig(
+    logprob_chunk=16,
+    correction="tis",
+    dual_clip=3.0,
+    kl_coef=0.1,
+    entropy_coef=0.1,
+  )
+  run = jax.jit(
+    jax.value_and_grad(
+      step_lib.grpo_loss(TablePolicy(), config, 1.0), has_aux=True
+    )
+  )
+  is_dead_B = np.arange(B) % 4 == 1
+  batch = batch | {"logp_ref_BT": batch["logp_old_BT"]}
+  hidden_BTD = table["hidden_BTD"]
+  clean = run(table, poisoned(batch, is_dead_B, -1.0))
+  assert np.isfinite(clean[0][0])
+  np.testing.assert_array_equal(clean[1]["hidden_BTD"][is_dead_B], 0)
+  for value in (np.nan, np.inf, -np.inf, -9999.0, 1e4):
+    dirty = np.where(is_dead_B[:, None, None], np.float32(value), hidden_BTD)
+    got = run(table | {"hidden_BTD": dirty}, poisoned(batch, is_dead_B, value))
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
+
+
+@pytest.mark.slow
+def test_rows_that_break_the_model_do_not_break_the_update(make_policy, batch):
+  """A token with an embedding that is not finite stands in dropped rows."""
+  policy = make_policy(tie_embeddings=False)
+  params = jax.jit(policy.init)(jax.random.key(0))
+  embedding = params["embed"]["embedding"]
+  broken = params | {"embed": {"embedding": embedding.at[7].set(jnp.nan)}}
+  is_dead_B = np.arange(B) % 4 == 1
+  batch = poisoned(
+    batch | {"logp_ref_BT": batch["logp_old_BT"]}, is_dead_B, np.nan
+  )
+  tokens_BT = np.where(batch["tokens_BT"] == 7, 8, batch["tokens_BT"])
+  batch |= {"tokens_BT": np.where(is_dead_B[:, None], 7, tokens_BT)}
+  (loss, _, grads), (again, _, _) = loss_and_grads(
+    step_lib.grpo_loss(policy, step_lib.LossConfig(logprob_chunk=32), 1.0),
+    broken,
+    batch,
+    batch | {"tokens_BT": tokens_BT},
+  )
+  assert np.isfinite(loss) and loss == again
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(grads))
+  assert optax.tree.norm(grads) > 1e-3
+
+
+# --------------------------------------------------- bounds and corrections
+
+
+@pytest.mark.parametrize(
+  ("settings", "want"),
+  [
+    ({"kind": "clip"}, (0.2, 0.28, None, None)),
+    ({"kind": "gspo"}, (3e-4, 4e-4, None, None)),
+    ({"kind": "cispo"}, (1.0, 4.0, None, None)),
+    ({"kind": "gspo", "eps_high": 0.1}, (3e-4, 0.1, None, None)),
+    ({"correction": "tis"}, (0.2, 0.28, None, 2.0)),
+    ({"correction": "icepop"}, (0.2, 0.28, 0.5, 5.0)),
+    ({"correction": "sequence"}, (0.2, 0.28, 0.0, 3.0)),
+    ({"correction": "geometric"}, (0.2, 0.28, 0.999, 1.001)),
+    (
+      {"correction": "icepop", "correction_low": 0.1},
+      (0.2, 0.28, 0.1, 5.0),
+    ),
+  ],
+)
+def test_each_surrogate_and_correction_has_its_own_bounds(settings, want):
+  found = step_lib.with_own_bounds(step_lib.LossConfig(**settings))
+  assert want == (
+    found.eps_low,
+    found.eps_high,
+    found.correction_low,
+    found.correction_high,
+  )
+  assert step_lib.with_own_bounds(found) == found
+
+
+@pytest.mark.parametrize("kind", ["gspo", "cispo"])
+def test_the_loss_uses_the_bounds_of_its_surrogate(table, batch, kind):
+  run = lambda **bounds: loss_and_grads(
+    step_lib.grpo_loss(
+      TablePolicy(),
+      step_lib.LossConfig(kind=kind, logprob_chunk=16, **bounds),
+      1.0,
+    ),
+    table,
+    batch,
+  )
+  own = {"gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}[kind]
+  stated = run(eps_low=own[0], eps_high=own[1])
+  jax.tree.map(np.testing.assert_array_equal, run(), stated)
+
+
+def two_corrected_rows(correction, **settings):
+  """Loss, metrics and gradient of two rows, one of them off by a factor e."""
+  config = step_lib.LossConfig(
+    correction=correction, logprob_chunk=16, normaliser="token", **settings
+  )
+  rng = np.random.default_rng(9)
+  params = {
+    "hidden_BTD": rng.normal(size=(2, 5, D)).astype(np.float32),
+    "head_DV": rng.normal(size=(D, V)).astype(np.float32),
+  }
+  tokens_BT = rng.integers(1, V, (2, 5)).astype(np.int32)
+  logp_BT, _ = jax.device_get(
+    step_lib.score(
+      TablePolicy(),
+      params,
+      {"tokens_BT": tokens_BT},
+      chunk=16,
+      temperature=1.0,
+    )
+  )
+  # Four model tokens a row; the sampler's are off at one token of row 1.
+  off_BT = np.zeros((2, 5), np.float32)
+  off_BT[1, 2] = 3.0
+  made = {
+    "tokens_BT": tokens_BT,
+    "roles_BT": np.array([[1, 2, 2, 2, 2]] * 2, np.int8),
+    "logp_sampler_BT": logp_BT - off_BT,
+    "logp_old_BT": logp_BT,
+    "logp_ref_BT": logp_BT - 0.5,
+    "advantage_B": np.array([1.0, -1.0], np.float32),
+    "weight_BT": np.array([[0, 1, 1, 1, 1]] * 2, np.float32) / 8,
+  }
+  loss, stats, _ = loss_and_grads(
+    step_lib.grpo_loss(TablePolicy(), config, 1.0), params, made
+  )
+  return float(loss), metrics.finalize(stats)
+
+
+@pytest.mark.parametrize(
+  ("correction", "weight", "tokens", "rows"),
+  [
+    # Ratio e^3 = 20 at one of eight tokens.
+    ("tis", (7 + 2) / 8, 0.0, 0.0),
+    ("icepop", 7 / 8, 1 / 8, 0.0),
+    ("sequence", 4 / 8, 4 / 8, 1 / 2),
+    ("geometric", 4 / 8, 4 / 8, 1 / 2),
+  ],
+)
+def test_what_a_correction_drops_is_measured(correction, weight, tokens, rows):
+  _, row = two_corrected_rows(correction)
+  names = ("weight", "tokens_dropped", "rows_dropped")
+  got = tuple(row[f"correction/{name}"] for name in names)
+  assert got == pytest.approx((weight, tokens, rows), rel=1e-5)
+
+
+def test_corrections_weigh_the_surrogate_alone():
+  """Row 1 leaves the surrogate; KL and entropy are those of both rows."""
+  coefficients = {"kl_coef": 0.1, "entropy_coef": 0.01}
+  loss, row = two_corrected_rows("sequence", **coefficients)
+  k3 = np.exp(-0.5) - 1 + 0.5
+  assert row["kl"] == pytest.approx(k3, rel=1e-5)
+  # The surrogate of row 0 alone: 4 of 8 tokens with ratio 1, advantage 1.
+  want = -4 / 8 + 0.1 * k3 - 0.01 * row["entropy"]
+  assert loss == pytest.approx(want, rel=1e-5)
 
 
 def test_padding_to_a_longer_bucket_is_inert(table, batch):
@@ -372,6 +554,21 @@ def test_supervised_loss_is_cross_entropy(table, batch):
   size_BT = np.abs(grads["hidden_BTD"]).sum(-1)
   np.testing.assert_array_equal(size_BT[:, :-1] > 0, is_model_BT[:, 1:])
   np.testing.assert_array_equal(size_BT[:, -1], 0)
+
+
+def test_supervised_loss_reads_the_models_own_tokens_alone(table, batch):
+  is_predictor_BT = np.zeros((B, T), bool)
+  is_predictor_BT[:, :-1] = batch["roles_BT"][:, 1:] == MODEL
+  run = jax.jit(
+    jax.value_and_grad(step_lib.sft_loss(TablePolicy(), 16), has_aux=True)
+  )
+  batch = batch | {"weight_BT": step_lib.sft_weights(batch["roles_BT"])}
+  hidden_BTD = table["hidden_BTD"]
+  clean = run(table, batch)
+  for value in (np.nan, np.inf):
+    dirty = np.where(is_predictor_BT[..., None], hidden_BTD, np.float32(value))
+    got = run(table | {"hidden_BTD": dirty}, batch)
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
 
 
 def test_no_tokens_to_learn_weigh_nothing():
