@@ -24,6 +24,7 @@ LONG_MODULES: dict[str, int] = {
   "roc/host/dialects.py": 420,
   # What one template does is found step by step, each from those before.
   "roc/host/template_chat.py": 530,
+  "roc/host/sandbox/linux.py": 450,  # one interface to the kernel
 }
 LONG_FUNCTIONS: dict[str, int] = {}
 

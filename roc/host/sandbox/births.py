@@ -24,12 +24,14 @@ class Born:
     pid: of the main process; 0 when there is none.
     init_pid: process 1 of its pid namespace; 0 without one.
     base_kb: resident size of what it was forked from.
+    space_kb: address space of what it was forked from.
     why_not: why there is no main process.
   """
 
   pid: int = 0
   init_pid: int = 0
   base_kb: int = 0
+  space_kb: int = 0
   why_not: str = ""
 
 
@@ -135,10 +137,16 @@ class _Birth:
     self._request = request
     self._fds = fds
     self._then = then
-    self._base_kb = 0
+    self._base = 0, 0
 
   def go_on(self) -> None:
     """Asks a zygote, or waits for one."""
+    try:
+      self._ask()
+    except OSError as error:  # a template that has just died
+      self._end(Born(why_not=f"no zygote can be had: {error.strerror}"))
+
+  def _ask(self) -> None:
     fleet = self._births.fleet
     image = fleet.best_image(self._image)
     why_not = fleet.images[image].failure or fleet.images[image].trouble
@@ -149,13 +157,13 @@ class _Birth:
     if zygote is None:
       fleet.when_ready(image, self.go_on)
       return
-    self._base_kb = zygote.base_kb
+    self._base = zygote.base_kb, zygote.space_kb
     zygote.ask(self._number, self._request, self._fds, self._got)
 
   def _got(self, pid: int, init_pid: int, why_not: str) -> None:
     if init_pid:
       self._births.inits.add(init_pid)
-    self._end(Born(pid, init_pid, self._base_kb, why_not))
+    self._end(Born(pid, init_pid, *self._base, why_not))
 
   def _end(self, born: Born) -> None:
     for fd in self._fds:

@@ -30,6 +30,7 @@ from roc.host.sandbox import (
 
 # Bound now: the program may replace the originals.
 _exit = os._exit
+FAILED = b"failed"  # followed by the request's number and why
 CHANNEL_FD = 3  # of a session; a script has the three standard ones alone
 _OWN_TASKS = 48  # threads that a call may have beside its processes
 _SPARE_TASKS = 1024  # the same where the kernel counts the whole user
@@ -122,7 +123,8 @@ def run(job: Job) -> typing.NoReturn:
       main = _prepare(job)
     except BaseException as error:
       reason = f"{type(error).__name__}: {error}"[:300]
-      job.context.sock.send(f"!{job.request['id']} {reason}".encode())
+      told = f" {job.request['id']} {reason}".encode("utf-8", "replace")
+      job.context.sock.send(FAILED + told)
       _exit(1)
     code = main()
   finally:
@@ -159,7 +161,9 @@ def _prepare(job: Job) -> Callable[[], int]:
     context.confinement.lock,
     scratch,
     uid,
-    lambda: _set_limits(limits, context, uid is not None),
+    lambda: _set_limits(
+      limits, context, uid is not None, request["tool"] == "session"
+    ),
   )
   ceiling = context.ceilings[resource.RLIMIT_NOFILE]
   if request["tool"] == "session":
@@ -167,7 +171,10 @@ def _prepare(job: Job) -> Callable[[], int]:
     channel = socket.socket(fileno=os.dup2(others[0], CHANNEL_FD, False))
     os.closerange(CHANNEL_FD + 1, ceiling)
     # No frame of its own, so that a cell is as deep in the stack as a script.
-    return functools.partial(repl.serve, channel, context.main, reporter)
+    limit = functools.partial(
+      _set_limits, context=context, has_own_uid=uid is not None, is_soft=True
+    )
+    return functools.partial(repl.serve, channel, context.main, reporter, limit)
   code, record = payload.read_code(others[0]), payload.Record(others[0])
   report.show_source(report.TOOL_FILE, code)
   lock()
@@ -193,8 +200,19 @@ def _live_in(scratch: str, reporter: report.Reporter) -> None:
   reporter.hide(scratch)
 
 
-def _set_limits(limits: dict, context: Context, has_own_uid: bool) -> None:
-  """Sets resource limits; `limits` has the fields of `contract.Limits`."""
+def _set_limits(
+  limits: dict, context: Context, has_own_uid: bool, is_soft: bool
+) -> None:
+  """Sets resource limits.
+
+  Args:
+    limits: the fields of `contract.Limits`.
+    context: the zygote's.
+    has_own_uid: whether the call is its user's only one.
+    is_soft: a later cell may have others, and a hard limit that was lowered
+      could not be raised for it. A cell that raises its own again meets the
+      supervisor, which looks at time, memory, processes and disk itself.
+  """
   space = context.base_bytes + (limits["memory_mb"] << 20)
   cpu = -int(-limits["cpu_s"] // 1)
   n_bytes = limits["file_mb"] << 20
@@ -214,6 +232,8 @@ def _set_limits(limits: dict, context: Context, has_own_uid: bool) -> None:
     ceiling = context.ceilings[kind]
     if ceiling != resource.RLIM_INFINITY:
       soft, hard = min(soft, ceiling), min(hard, ceiling)
+    if is_soft:
+      hard = ceiling
     resource.setrlimit(kind, (soft, hard))
 
 

@@ -13,7 +13,7 @@ import socket
 import typing
 from collections.abc import Callable
 
-from roc.host.sandbox import linux, loop, namespaces, routing, zygote
+from roc.host.sandbox import linux, loop, namespaces, routing, wire, zygote
 from roc.host.sandbox import plan as plan_lib
 
 _REPLY_BYTES = 1 << 12
@@ -33,7 +33,8 @@ class Zygote:
     self.pid = 0
     self.is_ready = False
     self.failure = ""
-    self.base_kb = 0  # its resident size, when it was ready
+    # Its resident size and address space, when it was ready.
+    self.base_kb = self.space_kb = 0
     self.spare = 0  # process 1 of the pid namespace that it has ready
     self.midwife = 0  # the process that makes these, where it cannot itself
     self.asked: dict[int, OnForked] = {}
@@ -153,7 +154,8 @@ class Fleet:
       if self.plan is not None:
         self.add_zygotes(image)
     else:
-      image.failure = image.failure or data.decode() or "its template died"
+      told = data.decode("utf-8", "replace")
+      image.failure = image.failure or told or "its template died"
       self._events.unwatch(image.sock.fileno())
     self._release_waiting(image)
 
@@ -200,12 +202,13 @@ class Fleet:
     if data is None:
       return
     if made.is_ready and data:
-      self._take_answer(made, data)
-    elif data.startswith(zygote.CONFINED):
-      made.spare, made.midwife = map(int, data.split()[1:])
+      if not self._take_answer(made, data):
+        self.drop(made)
+    elif helpers := wire.numbers(data, zygote.CONFINED, 2):
+      made.spare, made.midwife = helpers
       if pid := self._pid_of(made):
         made.is_ready, image.n_failed = True, 0
-        made.base_kb = linux.resident_kb(pid)
+        made.space_kb, made.base_kb = linux.memory_kb(pid)
         self._release_waiting(image)
     elif data == zygote.MAP_IDS:
       self._map_ids(made, plan)
@@ -214,18 +217,30 @@ class Fleet:
         made.failure = data.decode("utf-8", "replace") or "a zygote died"
       self.drop(made)
 
-  def _take_answer(self, made: Zygote, data: bytes) -> None:
-    if data[:1] == b"!":
-      number, _, why = data[1:].decode("utf-8", "replace").partition(" ")
-      self._on_setup_failure(int(number), why)
-      return
-    number, pid, init_pid, made.spare = map(int, data.split())
-    then = made.asked.pop(number)
-    if pid < 0:
+  def _take_answer(self, made: Zygote, data: bytes) -> bool:
+    """Passes an answer on; False when it is none that a zygote gives."""
+    head, why = data.split(b" ", 2)[:2], data.split(b" ", 2)[2:]
+    if failed := wire.numbers(b" ".join(head), zygote.FAILED, 1):
+      told = b" ".join(why).decode("utf-8", "replace")
+      self._on_setup_failure(failed[0], told)
+      return True
+    pid = error = 0
+    if forked := wire.numbers(data, zygote.FORKED, 4):
+      number, pid, init_pid, spare = forked
+    elif refused := wire.numbers(data, zygote.REFUSED, 4):
+      number, error, init_pid, spare = refused
+    else:
+      return False
+    then = made.asked.pop(number, None)
+    if then is None:
+      return False
+    made.spare = spare
+    if error:
       linux.kill_marked(init_pid)
-      then(0, 0, f"no process could be started: {os.strerror(-pid)}")
+      then(0, 0, f"no process could be started: {os.strerror(error)}")
     else:
       then(pid, init_pid, "")
+    return True
 
   def _map_ids(self, made: Zygote, plan: plan_lib.Plan) -> None:
     pid = self._pid_of(made)
@@ -261,8 +276,11 @@ class Fleet:
     One that was reaped before has nobody to say so again: what it forked may
     hold its socket open.
     """
+    named = wire.numbers(data, zygote.FORKED, 1)
+    if named is None or not image.unnamed:
+      raise EOFError("a template died")
     made = image.unnamed.popleft()
-    made.pid = int(data)
+    made.pid = named[0]
     if made.pid in self._gone:
       made.pid = 0
       self.drop(made)

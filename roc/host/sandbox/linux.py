@@ -229,33 +229,95 @@ def address_space_bytes() -> int:
     return int(f.read().split()[0]) * resource.getpagesize()
 
 
+def _stat(path: str) -> list[bytes]:
+  """Returns the fields of a stat file from the state on; [] when it is gone."""
+  try:
+    with open(f"{path}/stat", "rb") as f:
+      # The command may hold anything, a ")" too: fields follow the last one.
+      return f.read().rpartition(b")")[2].split()
+  except OSError:
+    return []
+
+
 def parent(pid: int) -> int:
   """Returns the pid of a process' parent, 0 when it is gone."""
-  try:
-    with open(f"/proc/{pid}/stat", "rb") as f:
-      # The command may hold anything, a ")" too: fields follow the last one.
-      return int(f.read().rpartition(b")")[2].split()[1])
-  except (OSError, IndexError):
-    return 0
+  fields = _stat(f"/proc/{pid}")
+  return int(fields[1]) if fields else 0
 
 
 def is_exiting(pid: int) -> bool:
   """Whether a process is on its way out, or gone."""
-  try:
-    with open(f"/proc/{pid}/stat", "rb") as f:
-      fields = f.read().rpartition(b")")[2].split()
-  except OSError:
+  fields = _stat(f"/proc/{pid}")
+  if not fields:
     return True
   return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
 
 
+def n_threads(pid: int) -> int:
+  """Returns how many threads of a process live; 0 for a zombie.
+
+  A process whose first thread has ended looks like a zombie while its other
+  threads run on.
+  """
+  fields = _stat(f"/proc/{pid}")
+  if not fields:
+    return 0
+  n = int(fields[17])
+  return n - 1 if fields[0] in (b"Z", b"X") else n
+
+
+def is_stopped(pid: int) -> bool:
+  """Whether no thread of a process can run before it gets SIGCONT."""
+  try:
+    tasks = os.listdir(f"/proc/{pid}/task")
+  except OSError:
+    return False
+  states = [_stat(f"/proc/{pid}/task/{task}")[:1] for task in tasks]
+  return all(s in ([b"T"], [b"Z"], [b"X"], []) for s in states)
+
+
+def read_memory_file(pid: int, name: str) -> bytes:
+  """Returns what a file of /proc says of a process' memory, b"" if it is gone.
+
+  Of a process whose first thread has ended only the other threads tell.
+
+  Raises:
+    PermissionError: of another user, and we lack CAP_SYS_PTRACE.
+  """
+  try:
+    with open(f"/proc/{pid}/{name}", "rb") as f:
+      data = f.read()
+    if data and not data.startswith(b"0 0 "):
+      return data
+  except (FileNotFoundError, ProcessLookupError):
+    pass
+  try:
+    tasks = os.listdir(f"/proc/{pid}/task")
+  except OSError:
+    return b""
+  for task in tasks:
+    with (
+      contextlib.suppress(FileNotFoundError, ProcessLookupError),
+      open(f"/proc/{pid}/task/{task}/{name}", "rb") as f,
+    ):
+      data = f.read()
+      if data and not data.startswith(b"0 0 "):
+        return data
+  return b""
+
+
+def memory_kb(pid: int) -> tuple[int, int]:
+  """Returns the address space and resident size of a process, 0 if gone."""
+  fields = read_memory_file(pid, "statm").split()
+  if not fields:
+    return 0, 0
+  page_kb = resource.getpagesize() >> 10
+  return int(fields[0]) * page_kb, int(fields[1]) * page_kb
+
+
 def resident_kb(pid: int) -> int:
   """Returns the resident size of a process, 0 when it is gone."""
-  try:
-    with open(f"/proc/{pid}/statm", "rb") as f:
-      return int(f.read().split()[1]) * (resource.getpagesize() >> 10)
-  except (OSError, IndexError):
-    return 0
+  return memory_kb(pid)[1]
 
 
 def _children_by_list(pid: int) -> list[int]:
@@ -337,15 +399,15 @@ def kill_quietly(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def kill_marked(pid: int) -> None:
-  """SIGKILLs a process that belongs to some call, and no other.
+def kill_marked(pid: int, how: int = int(signal.SIGKILL)) -> None:
+  """Signals a process that belongs to some call, and no other.
 
   Calls can lower the tag that they were given and never raise it, so a process
   with our own is none of theirs: the number was used again.
   """
-  tag = read_tag(pid)
-  if tag is not None and tag != _own_tag:
-    kill_quietly(pid)
+  if pid and is_marked(pid):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.kill(pid, how)
 
 
 def is_marked(pid: int) -> bool:

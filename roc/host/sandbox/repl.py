@@ -9,10 +9,11 @@ from the state before the cell: nothing is replayed, nothing else is lost.
 
     guardian n --fork--> runner n+1 --cell done--> guardian n+1 --fork--> ...
 
-The fork happens while the model is reading, not while it waits. Cells can reach
+The cell's result is delivered only then. Cells can reach
 all of this; what they gain is to lose their own session. Messages to the
-supervisor (`hello PID`, `done CODE`, `died STATUS CPU RSS`) carry the sender's
-pid by the kernel's word.
+supervisor (`hello PID`, `done CODE`, `died STATUS CPU_MS RSS_KB`) carry the
+sender's pid by the kernel's word. When a runner has said hello, guardian and
+runner are stopped until the next cell comes, so that nothing runs in between.
 """
 
 import ast
@@ -28,6 +29,7 @@ import sys
 import threading
 import types
 import typing
+from collections.abc import Callable
 
 from roc.host.sandbox import (
   linux,
@@ -46,7 +48,6 @@ _get_state, _set_state = random.getstate, random.setstate
 _exit = os._exit
 _set_trace, _set_profile = sys.settrace, sys.setprofile
 _threads = threading.enumerate
-_nowhere = types.ModuleType("nowhere")
 _main_thread = threading.main_thread
 _frames = sys._current_frames
 _ALL_SIGNALS = frozenset(signal.valid_signals())
@@ -55,14 +56,24 @@ _set_timer = signal.setitimer
 
 
 def serve(
-  channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
+  channel: socket.socket,
+  main: types.ModuleType,
+  reporter: report.Reporter,
+  limit: Callable[[dict], None],
 ) -> typing.NoReturn:
-  """Guards and runs, in turns, until the channel closes or nobody is left."""
+  """Guards and runs, in turns, until the channel closes or nobody is left.
+
+  Args:
+    channel: to the supervisor.
+    main: the module that cells run in.
+    reporter: writes tracebacks.
+    limit: takes on the limits of a cell.
+  """
   script.allow_depth(4)
   while True:
     pid = _fork()
     if pid == 0:
-      _run_next_cell(channel, main, reporter)
+      _run_next_cell(channel, main, reporter, limit)
       # The cell is done: this process is the guardian of what it has become.
       continue
     blocked = _set_mask(signal.SIG_BLOCK, _ALL_SIGNALS)
@@ -70,8 +81,8 @@ def serve(
     while ended != pid:  # cells leave children behind, which end too
       ended, status, usage = _wait4(-1, 0)
     _set_mask(signal.SIG_SETMASK, blocked)
-    cpu_s = usage.ru_utime + usage.ru_stime
-    channel.send(b"%s %d %f %d" % (DIED, status, cpu_s, usage.ru_maxrss))
+    cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1e3)
+    channel.send(b"%s %d %d %d" % (DIED, status, cpu_ms, usage.ru_maxrss))
 
 
 def _fork() -> int:
@@ -86,16 +97,18 @@ def _fork() -> int:
 
 
 def _run_next_cell(
-  channel: socket.socket, main: types.ModuleType, reporter: report.Reporter
+  channel: socket.socket,
+  main: types.ModuleType,
+  reporter: report.Reporter,
+  limit: Callable[[dict], None],
 ) -> None:
   pid = _getpid()
   channel.send(b"%s %d" % (HELLO, pid))
-  _rehearse(reporter)
   cell, fds = _receive(channel, pid)
   code, record = payload.read_code(fds[0]), payload.Record(fds[0])
-  if len(fds) > 1:
-    _renew_stdin(fds[1])
+  _renew_stdin(fds[1] if len(fds) > 1 else None)
   os.close(fds[0])
+  limit(cell["limits"])
   report.show_source(cell["file"], code)
   run = functools.partial(_run_cell, code, cell["file"], main)
   end = script.execute(run, reporter)
@@ -113,21 +126,6 @@ def _run_next_cell(
     # Threads that go on would change the checkpoint under its guardian; a fork
     # leaves them behind. This process is killed from outside.
     linux.pause_forever()
-
-
-def _rehearse(reporter: report.Reporter) -> None:
-  """Does what a cell will do, most often while nobody waits.
-
-  A fork's first step on every page is a copy of it; these are then done.
-  """
-  with contextlib.suppress(BaseException):
-    _renew_stdin(None)
-    json.loads('{"file": "", "to": 0}')
-    nothing = functools.partial(_run_cell, "pass", "<none>", _nowhere)
-    script.execute(nothing, reporter)
-    verdict.pack_record(b"ok", "")
-    linux.flush_c_streams()
-    _settle()
 
 
 def _receive(channel: socket.socket, pid: int) -> tuple[dict, list[int]]:

@@ -5,7 +5,8 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 
 from roc import layout
 from roc.host.sandbox import (
@@ -17,6 +18,8 @@ from roc.host.sandbox import (
   watch,
 )
 
+_SPARE_THREADS = 64  # beside one for each process
+_SPARE_ZOMBIES = 64
 _FIRST_LOOK_S = 0.01  # most calls are over before it: no pipe is ever polled
 _LOOK_S = 0.025
 _DISK_LOOK_S = 0.1
@@ -24,6 +27,22 @@ _CHUNK = 1 << 16
 # Kept past the cap only to count them; a pipe holds no more after a kill.
 _DRAIN_BYTES = 4 << 20
 _ADDRESS = re.compile(rb"( at|[Tt]hread) 0x[0-9a-f]{6,16}\b")
+
+
+def contain(work: Callable[[], None], give_up: Callable[[], None]) -> None:
+  """Does work about one call, which alone pays for whatever is raised.
+
+  No program may end the supervisor, with which all calls would end as INFRA.
+
+  Args:
+    work: about the call; what is wrong is for the supervisor's log.
+    give_up: books the call as a crash and forgets it.
+  """
+  try:
+    work()
+  except Exception:
+    traceback.print_exc()
+    give_up()
 
 
 @dataclasses.dataclass
@@ -148,14 +167,16 @@ class Running:
     stderr: its standard error.
     hidden: paths of the host, and what the model reads in place of each.
     base_kb: resident size of what it was forked from.
+    space_kb: address space of what it was forked from.
     tag: see `linux.set_tag`.
     uid: that it runs under; None for the trainer's.
     scratch: its directory on disk; "" where that is in memory.
     init_pid: process 1 of its pid namespace; 0 without one.
     pid: its main process; 0 before it is forked.
     birth: number of its birth.
-    others: processes near it that do not count as the program's.
+    others: processes near it whose number does not count as the program's.
     started: on the monotonic clock; 0.0 before.
+    wall_by: when its time is up.
     setup_failure: why the child could not be prepared.
   """
 
@@ -166,6 +187,7 @@ class Running:
   stderr: Stream
   hidden: Sequence[tuple[bytes, bytes]] = ()
   base_kb: int = 0
+  space_kb: int = 0
   tag: int = 0
   uid: int | None = None
   scratch: str = ""
@@ -174,6 +196,8 @@ class Running:
   birth: int = 0
   others: frozenset[int] = frozenset()
   started: float = 0.0
+  wall_by: float = 0.0
+  memory: watch.Memory = dataclasses.field(default_factory=watch.Memory)
   next_look: float = 0.0
   next_disk_look: float = 0.0
   setup_failure: str = ""
@@ -216,26 +240,38 @@ class Running:
     """Notes the main process; the clock starts."""
     self.pid = pid
     self.started = time.monotonic()
+    self.wall_by = self.started + self.limits.wall_s
     self.next_look = self.started + min(_FIRST_LOOK_S, self.limits.wall_s)
 
-  def find_excess(self, now: float) -> tuple[layout.ToolStatus, str] | None:
-    """Returns the bound that the call has broken and its cause, or None."""
+  def find_excess(
+    self, now: float, tops: Iterable[int]
+  ) -> tuple[layout.ToolStatus, str] | None:
+    """Returns the bound that the call has broken and its cause, or None.
+
+    Args:
+      now: on the monotonic clock.
+      tops: processes that all of the call's are or descend from, beside its
+        main one.
+    """
     limits = self.limits
-    self.next_look = min(self.started + limits.wall_s, now + _LOOK_S)
-    if now >= self.started + limits.wall_s:
-      self.next_look = now + _LOOK_S
+    self.next_look = now + _LOOK_S
+    if now >= self.wall_by:
       return layout.ToolStatus.TIMEOUT, "wall"
+    self.next_look = min(self.next_look, self.wall_by)
     if linux.cpu_seconds(self.pid) >= limits.cpu_s:
       return layout.ToolStatus.TIMEOUT, "cpu"
-    pids = [self.pid, *linux.descendants(self.pid, limits.n_processes)]
-    if self.init_pid:
-      pids += linux.descendants(self.init_pid, limits.n_processes)
-    pids = set(pids) - self.others
-    if len(pids) > limits.n_processes:
+    n_known = len(self.others) + 2
+    n_most = limits.n_processes + _SPARE_ZOMBIES + n_known
+    seen = watch.survey({self.pid, *tops}, n_most)
+    pids = [pid for pid in seen.pids if pid != self.init_pid]
+    if (
+      len(set(pids) - self.others) > limits.n_processes
+      or len(pids) + seen.n_zombies > n_most
+      or seen.n_threads > limits.n_processes + _SPARE_THREADS + n_known
+    ):
       return layout.ToolStatus.RESOURCE, "processes"
     total_kb = limits.total_memory_mb << 10
-    is_summed = len(pids) > 1 or limits.memory_mb >= limits.total_memory_mb
-    if is_summed and (watch.memory_kb(pids, self.base_kb, total_kb) > total_kb):
+    if self.memory.is_over(pids, self.space_kb, self.base_kb, total_kb):
       return layout.ToolStatus.MEMORY, "total"
     if now >= self.next_disk_look and self.is_over_disk():
       return layout.ToolStatus.RESOURCE, "disk"

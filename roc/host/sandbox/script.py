@@ -136,8 +136,10 @@ def classify(error: BaseException) -> bytes:
 
 def _report(error: BaseException, reporter: report.Reporter) -> None:
   """Prints the traceback, by the program's own excepthook if it set one."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
   with contextlib.suppress(BaseException):
-    _use_headroom(True)
+    if soft != resource.RLIM_INFINITY:
+      _limit_memory(soft + HEADROOM_BYTES, hard)  # a report needs some
   try:
     sys.excepthook(type(error), error, error.__traceback__)
   except BaseException:
@@ -147,12 +149,10 @@ def _report(error: BaseException, reporter: report.Reporter) -> None:
       with contextlib.suppress(BaseException):
         os.write(2, f"{_type_name(type(error))}\n".encode())
   with contextlib.suppress(BaseException):
-    _use_headroom(False)
+    _limit_memory(soft, hard)
 
 
-def _use_headroom(is_used: bool) -> None:
-  """Allows, or no longer, the memory that a report may need."""
-  hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-  if hard != resource.RLIM_INFINITY:
-    soft = hard if is_used else hard - HEADROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+def _limit_memory(soft: int, hard: int) -> None:
+  if hard != resource.RLIM_INFINITY:  # which is -1
+    soft = min(soft, hard)
+  resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

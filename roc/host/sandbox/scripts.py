@@ -82,7 +82,8 @@ class Scripts:
     )
 
   def _born(self, call: running.Running, born: births_lib.Born) -> None:
-    call.init_pid, call.base_kb = born.init_pid, born.base_kb
+    call.init_pid = born.init_pid
+    call.base_kb, call.space_kb = born.base_kb, born.space_kb
     if not born.pid:
       call.setup_failure = born.why_not
       call.ended(0, 0.0, 0)
@@ -131,21 +132,34 @@ class Scripts:
     """Holds calls to their limits and finishes those that are over."""
     if not self._births.n_open:
       self._early.clear()
-    for pid, call in list(self._mains.items()):
-      if call.is_ended:
-        if self._is_drained(call) or now > call.ended_at + _PATIENCE_S:
-          del self._mains[pid]
-          self._finish(call)
-        else:
-          call.next_look = now + _DRAIN_S
-      elif now >= call.next_look:
-        kill = lambda why, c=call: self._kill(c, *why)
-        excess = call.find_excess(now)
-        if excess is not None:
-          kill(excess)
-        call.read_output(self._events, kill)
+    for call in list(self._mains.values()):
+      running.contain(
+        lambda c=call: self._look_at(c, now), lambda c=call: self._give_up(c)
+      )
     while self._unborn:
       self._finish(self._unborn.pop())
+
+  def _look_at(self, call: running.Running, now: float) -> None:
+    if call.is_ended:
+      if self._is_drained(call) or now > call.ended_at + _PATIENCE_S:
+        del self._mains[call.pid]
+        self._finish(call)
+      else:
+        call.next_look = now + _DRAIN_S
+    elif now >= call.next_look:
+      kill = lambda why: self._kill(call, *why)
+      tops = {call.init_pid, *self._orphans(call.tag)}
+      excess = call.find_excess(now, tops)
+      if excess is not None:
+        kill(excess)
+      call.read_output(self._events, kill)
+
+  def _give_up(self, call: running.Running) -> None:
+    """Ends a call that the supervisor cannot deal with."""
+    self._kill(call, layout.ToolStatus.CRASH, "")
+    if call.is_ended and self._calls.pop(call.id, None) is not None:
+      self._mains.pop(call.pid, None)
+      self._answer(call.id, contract.ToolResult(layout.ToolStatus.CRASH))
 
   def _kill(
     self, call: running.Running, why: layout.ToolStatus, cause: str

@@ -77,6 +77,7 @@ _LAST_KNOWN = 470  # listns, of Linux 6.19, on both architectures
 _CLONE_NEW = 0x7E020000  # namespaces: NS, CGROUP, UTS, IPC, USER, PID, NET
 _QUERY_PERSONALITY = 0xFFFFFFFF
 _EVERYONE = 0xFFFFFFFF  # pid -1
+_RLIMIT_LOCKS = 10
 _AF_UNIX = 1
 _SOCK_KIND, _SOCK_STREAM, _SOCK_SEQPACKET = 0xF, 1, 5
 _O_TRUNC, _O_ACCMODE = 0x200, 0x3
@@ -156,7 +157,9 @@ def _argument_rules(
       ),
     ),
     # Limits and priorities of others: the trainer's could be ruined.
-    ("prlimit64 302 261", on_itself),
+    # The limit on file locks is the mark of a call, see `linux`.
+    ("prlimit64 302 261", refuse(only(0, 0), never(1, _RLIMIT_LOCKS))),
+    ("setrlimit 160 164", refuse(never(0, _RLIMIT_LOCKS))),
     (
       "sched_setaffinity 203 122, sched_setscheduler 144 119,"
       "sched_setparam 142 118, sched_setattr 314 274",

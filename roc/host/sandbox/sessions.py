@@ -5,17 +5,27 @@ costs its memory and nothing else.
 """
 
 import contextlib
+import signal
 import socket
 import time
 from collections.abc import Callable
 
 from roc import layout
 from roc.host.sandbox import births as births_lib
-from roc.host.sandbox import contract, linux, loop, routing, running, scratch
+from roc.host.sandbox import (
+  contract,
+  linux,
+  loop,
+  repl,
+  routing,
+  running,
+  scratch,
+  wire,
+)
 from roc.host.sandbox import session as session_lib
 
-_PATIENCE_S = 0.9  # for a guardian to say what it must
-_HELLO_S = 5.0  # for the next runner to be there
+_PATIENCE_S = 0.9  # for a session to settle
+_OPEN_S = 20.0  # for a new one to be there
 _SETTLE_S = 0.002
 _SOCKET = socket.AF_UNIX, socket.SOCK_SEQPACKET
 
@@ -98,7 +108,8 @@ class Sessions:
       stderr.read_fd,
     )
     self._all[live.key] = live
-    self._events.watch(ours.fileno(), lambda: self._hear(live))
+    hear = lambda: self._contain(self._hear, live)
+    self._events.watch(ours.fileno(), hear)
     request = births_lib.request_for(
       "session", message["limits"], message["seed"], tag, place, uid
     )
@@ -114,14 +125,30 @@ class Sessions:
 
   def _opened(self, live: session_lib.Session, born: births_lib.Born) -> None:
     live.main_pid, live.init_pid = born.pid, born.init_pid
-    live.base_kb, live.is_born = born.base_kb, True
-    live.hello_by = time.monotonic() + _HELLO_S
+    live.base_kb, live.space_kb = born.base_kb, born.space_kb
+    live.is_born = True
+    live.settle_by = time.monotonic() + _OPEN_S
     if not born.pid:
       self._lose(live, born.why_not)
     elif live.is_dead:
       self._kill(live)
-    else:
-      self._feed(live)
+    elif live.runner:
+      self._settle(live)
+
+  def _contain(
+    self, work: Callable[..., None], live: session_lib.Session, *rest
+  ) -> None:
+    """Does work about one session; whatever it raises costs that alone."""
+    running.contain(lambda: work(live, *rest), lambda: self._give_up(live))
+
+  def _give_up(self, live: session_lib.Session) -> None:
+    """Ends a session that the supervisor cannot deal with."""
+    cells = [live.cell] if live.cell is not None else []
+    live.cell = None
+    for cell in cells:
+      self.n_running -= 1
+      self._answer(cell.id, session_lib.lost())
+    self._lose(live)
 
   def _feed(self, live: session_lib.Session) -> None:
     if not live.is_idle or not live.waiting:
@@ -139,45 +166,31 @@ class Sessions:
       is_shot = live.init_pid and linux.is_exiting(live.init_pid)
       self._lose(live, births_lib.SHOT if is_shot else "")
       return
-    words, sender = heard
-    cell = live.cell
-    if session_lib.is_word(words, session_lib.HELLO, 1):
-      if live.take_runner(sender, int(words[1])) and live.is_born:
+    data, sender = heard
+    hello = wire.numbers(data, repl.HELLO, 1)
+    if hello and live.take_runner(sender, hello[0]):
+      if live.is_born:
         self._settle(live)
-    elif cell is None or cell.is_ended:
-      return
-    elif (
-      session_lib.is_word(words, session_lib.DONE, 1) and sender == live.runner
-    ):
-      cell.ended(
-        (int(words[1]) & 0xFF) << 8,
-        linux.cpu_seconds(sender),
-        linux.resident_kb(sender),
-      )
-      live.drop_runner()  # it becomes the guardian; another will say hello
-      live.hello_by = cell.ended_at + _HELLO_S
-      self._finish(live)
-    elif (
-      session_lib.is_word(words, session_lib.DIED, 3) and sender == live.guard
-    ):
-      cell.ended(int(words[1]), float(words[2]), int(words[3]))
-      cell.next_look = cell.ended_at + _PATIENCE_S
-      live.hello_by = cell.ended_at + _HELLO_S
-      live.drop_runner()  # the result waits for hello: see `_settle`
+    elif not live.take_end(data, sender, _PATIENCE_S):
+      self._lose(live)
 
   def _settle(self, live: session_lib.Session) -> None:
-    """Kills what is neither guardian nor runner, then feeds the runner.
+    """Stops guardian and runner, kills all else; the cell is over then.
 
-    Only now is it known which processes these are. What is killed may have
-    forked just before, so this goes on until a look finds nothing. Where a
-    runner died, the cell is over only then.
+    What is killed may have forked just before, so this goes on until a look
+    finds nothing. Zombies are nothing: their parent may not care.
     """
-    strays = live.strays(self._orphans)
-    for pid in strays:
-      linux.kill_marked(pid)
-    live.settle_at = time.monotonic() + _SETTLE_S if strays else 0.0
-    if strays:
-      return
+    live.settle_at = time.monotonic() + _SETTLE_S
+    if live.n_cells or not live.waiting:  # else nothing but ours runs in it
+      live.signal(signal.SIGSTOP)
+      if not live.is_stopped:
+        return
+      strays = live.strays(self._orphans)
+      for pid in strays:
+        linux.kill_marked(pid)
+      if strays:
+        return
+    live.settle_by, live.idle_cpu_s = 0.0, live.cpu_s
     if live.cell is not None:
       self._finish(live)
     self._feed(live)
@@ -185,7 +198,7 @@ class Sessions:
   def _finish(self, live: session_lib.Session, note: str = "") -> None:
     cell = live.cell
     assert cell is not None
-    live.cell, live.killed_at = None, 0.0
+    live.cell = None
     cell.stop_reading(self._events)
     if cell.killed_for is None and cell.is_over_disk():
       cell.book(layout.ToolStatus.RESOURCE, "disk")
@@ -200,30 +213,40 @@ class Sessions:
     """Returns when `look` is due, on the monotonic clock."""
     all_ = self._all.values()
     due = [live.cell.next_look for live in all_ if live.cell is not None]
-    due += [live.settle_at for live in all_ if live.settle_at]
+    due += [s.settle_at for s in all_ if s.settle_by and s.has_next_runner]
     return min(due, default=float("inf"))
 
   def look(self, now: float) -> None:
     """Holds cells to their limits and finishes off what is dead."""
     for live in list(self._all.values()):
-      if live.settle_at and now >= live.settle_at:
-        self._settle(live)
-      if live.is_born and not live.runner and now >= live.hello_by:
-        self._lose(live)  # held up by something that a cell left behind
-        continue
-      cell = live.cell
-      if cell is None or now < cell.next_look:
-        continue
-      if cell.is_ended:  # and no runner has said hello since
-        self._lose(live)
-        continue
-      kill = lambda why, s=live: self._kill_cell(s, *why)
-      excess = cell.find_excess(now)
-      if excess is not None:
-        kill(excess)
-      if live.cell is cell:
-        cell.read_output(self._events, kill)
+      self._contain(self._look_at, live, now)
     self._clean_up()
+
+  def _look_at(self, live: session_lib.Session, now: float) -> None:
+    cell = live.cell
+    if live.settle_by and live.is_born:
+      if now >= live.settle_by:
+        is_ours = live.n_cells == 0  # no program has run in it
+        self._lose(live, "the session did not start" if is_ours else "")
+        return
+      if live.has_next_runner and now >= live.settle_at:
+        self._settle(live)
+    if cell is None or live.cell is not cell or now < cell.next_look:
+      return
+    excess = cell.find_excess(now, live.tops(self._orphans))
+    if excess is not None:
+      self._kill_cell(live, *excess)
+    if live.cell is cell:
+      cell.read_output(
+        self._events,
+        lambda why: self._contain(self._kill_cell, live, *why),
+      )
+
+  def look_at_idle(self) -> None:
+    """Ends idle sessions in which something has run."""
+    for live in list(self._all.values()):
+      if live.is_idle and live.is_born and live.cpu_s != live.idle_cpu_s:
+        self._contain(self._lose, live)
 
   def _kill_cell(
     self, live: session_lib.Session, why: layout.ToolStatus, cause: str
@@ -233,11 +256,12 @@ class Sessions:
     if cell is None:
       return
     cell.book(why, cause)
+    if cell.is_ended:  # the cell is done, but not what runs on
+      self._lose(live)
+      return
     live.kill_runner()
-    if not live.killed_at:
-      live.killed_at = time.monotonic()
-    elif time.monotonic() > live.killed_at + _PATIENCE_S:
-      self._lose(live)  # nobody is there to say that it is dead
+    live.settle_by = live.settle_by or time.monotonic() + _PATIENCE_S
+    cell.next_look = live.settle_by
 
   def cancel(self, call_id: int) -> bool:
     """Ends the cell of that number, running or waiting."""
@@ -274,11 +298,13 @@ class Sessions:
     live.is_dead = True
     self._all.pop(live.key, None)
     self._events.unwatch(live.channel.fileno())
-    if live.cell is not None:
-      if not live.cell.is_ended:
-        live.cell.ended(9, linux.cpu_seconds(live.runner), 0)
-      if live.cell.killed_for is None:
-        live.cell.setup_failure = why
+    cell = live.cell
+    if cell is not None:
+      if not cell.is_ended:
+        cell.ended(9, linux.cpu_seconds(live.runner), 0)
+      if cell.killed_for is None:
+        cell.setup_failure = why
+        cell.book(layout.ToolStatus.CRASH, "")
       self._finish(live, session_lib.LOST)
     for cell in live.waiting:
       if why:

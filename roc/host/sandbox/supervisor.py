@@ -39,6 +39,7 @@ from roc.host.sandbox import (
 _SWEEP_S = 0.25
 _PATIENCE_S = 10.0  # for the last processes to be gone
 _FDS_PER_CALL = 16
+_REAPED_PER_TURN = 64
 _LARGE = 1 << 18
 
 
@@ -215,6 +216,7 @@ class Supervisor:
     if now >= self._next_sweep:
       self._next_sweep = now + _SWEEP_S
       self._sweep()
+      self._sessions.look_at_idle()
       self._is_stopping |= os.getppid() != self._keeper_pid
     self._start_calls()
     self._flush()
@@ -308,8 +310,8 @@ class Supervisor:
   # ---------------------------------------------------------------- processes
 
   def _reap(self) -> None:
-    """Collects every dead child."""
-    while True:
+    """Collects dead children; programs can make many, so not all at a turn."""
+    for _ in range(_REAPED_PER_TURN):
       try:
         peek = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
       except ChildProcessError:

@@ -110,6 +110,8 @@ def judge(evidence: Evidence) -> Verdict:
   if number is not None:
     ended, cause = _of_signal(number, evidence)
     return Verdict(ended, "", None, number, cause=cause)
+  if code is None:  # a status that only a forger can think of
+    return Verdict(layout.ToolStatus.CRASH)
   if told is not None:
     # `exit` and `ok` are told apart by the code the kernel saw.
     if told in (layout.ToolStatus.OK, layout.ToolStatus.EXIT):

@@ -5,49 +5,118 @@ outside, some forty times a second.
 """
 
 import contextlib
+import dataclasses
 import os
+import time
 from collections.abc import Iterable
 
 from roc.host.sandbox import linux
 
+_EXACT_S = 0.002  # of CPU, for proportional sizes at one look
 
-def memory_kb(pids: Iterable[int], shared_kb: int, enough_kb: int) -> int:
-  """Returns the memory of processes beyond what they were forked with.
 
-  Args:
-    pids: the processes.
-    shared_kb: resident size of the process that they were forked from.
-    enough_kb: only a sum above it must be exact. Resident sizes are quick to
-      read and count a page once for each process that shares it; above
-      `enough_kb` proportional sizes are read instead.
+@dataclasses.dataclass(frozen=True)
+class Survey:
+  """All processes of a call at one moment.
 
-  Returns:
-    Kilobytes; an upper estimate where proportional sizes may not be read.
+  Attributes:
+    pids: those of which a thread lives.
+    n_threads: of these together.
+    n_zombies: those that are dead and wait for their parent to notice.
   """
-  pids = list(pids)
-  rough = sum(max(0, linux.resident_kb(pid) - shared_kb) for pid in pids)
-  if rough <= enough_kb:
-    return rough
-  try:
-    return sum(_proportional_kb(pid) for pid in pids)
-  except PermissionError:
-    return rough
+
+  pids: list[int]
+  n_threads: int
+  n_zombies: int
 
 
-def _proportional_kb(pid: int) -> int:
-  """Memory that is no file's, each page shared out among its users."""
-  try:
-    with open(f"/proc/{pid}/smaps_rollup", "rb") as f:
-      for line in f:
-        if line.startswith((b"Pss_Anon:", b"Pss_Shmem:")):
+def survey(tops: Iterable[int], at_most: int) -> Survey:
+  """Returns processes and all below them; the walk ends past `at_most`."""
+  pids: list[int] = []
+  n_threads, seen = 0, {0}
+  front = list(tops)
+  while front and len(seen) <= at_most + 1:
+    pid = front.pop()
+    if pid in seen:
+      continue
+    seen.add(pid)
+    n = linux.n_threads(pid)
+    if n:
+      pids.append(pid)
+      n_threads += n
+      front += linux.children(pid)
+  return Survey(pids, n_threads, len(seen) - 1 - len(pids))
+
+
+class Memory:
+  """The memory of one call's processes beyond what they were forked with."""
+
+  def __init__(self):
+    self._exact: dict[int, tuple[int, dict[bytes, int]]] = {}
+
+  def is_over(
+    self, pids: list[int], space_kb: int, base_kb: int, limit_kb: int
+  ) -> bool:
+    """Whether the processes hold more than `limit_kb` together.
+
+    Sizes are quick to read and count a page once for each process that has it;
+    what is mapped may be held though it is not resident. Only where the sums
+    are above the limit, the pages are counted: private ones in shares, shared
+    memory whole. That takes the kernel a walk over all pages, so each look does
+    some processes, those that were never counted first; until its turn comes a
+    process counts as it was.
+
+    Args:
+      pids: the processes.
+      space_kb: address space of the process that they were forked from.
+      base_kb: resident size of that process.
+      limit_kb: for all together.
+    """
+    sizes = {pid: linux.memory_kb(pid) for pid in pids}
+    spaces = [
+      # What was started by exec is far smaller than what it was forked from.
+      s if 2 * s < space_kb else max(0, s - space_kb)
+      for s, _ in sizes.values()
+    ]
+    if max(sum(size for _, size in sizes.values()), sum(spaces)) <= limit_kb:
+      return False
+    self._exact = {p: self._exact[p] for p in self._exact if p in sizes}
+    end = time.thread_time() + _EXACT_S
+    try:
+      for pid in [*(p for p in pids if p not in self._exact), *self._exact]:
+        self._exact.pop(pid, None)  # to be the last in turn
+        self._exact[pid] = _private_kb(pid), _shared_kb(pid)
+        if time.thread_time() > end:
           break
-      else:
-        return 0
+    except PermissionError:
+      rough = (max(0, size - base_kb) for _, size in sizes.values())
+      return sum(rough) > limit_kb
+    shared: dict[bytes, int] = {}
+    total = 0
+    for pid, (private_kb, mapped) in self._exact.items():
+      total += min(private_kb, sizes[pid][1])
+      shared.update(mapped)
+    return total + sum(shared.values()) > limit_kb
+
+
+def _private_kb(pid: int) -> int:
+  """Memory that is no file's, each page shared out among its users."""
+  for line in linux.read_memory_file(pid, "smaps_rollup").splitlines():
+    if line.startswith(b"Pss_Anon:"):
       return int(line.split()[1])
-  except PermissionError:
-    raise
-  except (OSError, ValueError):
-    return 0
+  return 0
+
+
+def _shared_kb(pid: int) -> dict[bytes, int]:
+  """Sizes of the shared memory without a file's name, by its inode."""
+  found: dict[bytes, int] = {}
+  for line in linux.read_memory_file(pid, "maps").splitlines():
+    words = line.split(None, 5)
+    if len(words) > 5 and words[5].startswith((b"/dev/zero", b"/memfd:")):
+      start, _, end = words[0].partition(b"-")
+      end_kb = (int(words[2], 16) + int(end, 16) - int(start, 16)) >> 10
+      found[words[4]] = max(end_kb, found.get(words[4], 0))
+  return found
 
 
 def is_over_disk(root: str, n_bytes: int, n_entries: int) -> bool:

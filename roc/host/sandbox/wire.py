@@ -5,6 +5,7 @@ object of at most `MAX_BYTES`; anything else ends the connection.
 """
 
 import json
+import re
 import struct
 
 MAX_BYTES = 64 << 20
@@ -62,3 +63,20 @@ class Unpacker:
       del self._buffer[:end]
       messages.append(message)
     return messages
+
+
+def numbers(data: bytes, word: bytes, n: int) -> list[int] | None:
+  """Reads a message of one word and numbers, as processes below send them.
+
+  Args:
+    data: the message; anything at all.
+    word: that it must begin with.
+    n: how many numbers must follow.
+
+  Returns:
+    The numbers, each of at most ten decimal digits; None for another message.
+  """
+  pattern = re.escape(word) + b"( [0-9]{1,10}){%d}" % n
+  if re.fullmatch(pattern, data) is None:
+    return None
+  return [int(digits) for digits in data.split()[-n:]]

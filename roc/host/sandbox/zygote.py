@@ -32,6 +32,7 @@ from roc.host.sandbox import plan as plan_lib
 MAX_REQUEST = 1 << 16
 _MAX_FDS = 4
 CONFINED, MAP_IDS = b"confined", b"map ids"
+FORKED, REFUSED, FAILED = b"forked", b"refused", child.FAILED
 
 Next = Callable[[], typing.Any]
 
@@ -71,7 +72,7 @@ def template(
       return functools.partial(serve, mine, json.loads(data), base_bytes)
     for fd in fds:
       os.close(fd)
-    sock.send(b"%d" % pid)
+    sock.send(b"%s %d" % (FORKED, pid))
 
 
 def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
@@ -79,10 +80,10 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
 
   Args:
     sock: to the supervisor. It says `confined SPARE MIDWIFE`; answers to
-      requests are `ID PID INIT SPARE`, or `ID -ERRNO INIT SPARE`. INIT is
-      process 1 of the pid namespace that PID was born into, SPARE that of the
-      next one; 0 for none. A child that cannot be prepared says `!ID REASON`
-      itself.
+      requests are `forked ID PID INIT SPARE`, or `refused ID ERRNO INIT SPARE`.
+      INIT is process 1 of the pid namespace that PID was born into, SPARE that
+      of the next one; 0 for none. A child that cannot be prepared says `failed
+      ID REASON` itself.
     setup: `plan`, `root`, `library_dirs`, `supervisor`, `n_tasks`.
     base_bytes: address space before a program adds to it.
 
@@ -157,4 +158,5 @@ def _fork_on_request(
     if nursery is not None:
       # Only now: it inherits descriptors, and must not hold a call's.
       spare = nursery.renew()
-    sock.send(b"%d %d %d %d" % (request["id"], pid, init, spare))
+    word = FORKED if pid > 0 else REFUSED
+    sock.send(b"%s %d %d %d %d" % (word, request["id"], abs(pid), init, spare))

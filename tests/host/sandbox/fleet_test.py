@@ -30,7 +30,7 @@ def test_a_zygote_that_was_reaped_before_it_was_named_is_dropped(says):
     answers = []
     made.asked[7] = lambda *answer: answers.append(answer)
     assert not fleet.reaped(DEAD)  # it may be a call as well
-    at_template.send(str(DEAD).encode())
+    at_template.send(zygote.FORKED + f" {DEAD}".encode())
     if says == "pid":
       fleet._hear_template(image)
     else:

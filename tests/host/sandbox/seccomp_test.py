@@ -211,6 +211,9 @@ TCGETS, TIOCSTI, TIOCLINUX, SETFLAGS = 0x5401, 0x5412, 0x541C, 0x40086602
     ("ioctl", (0, 1 << 32 | TIOCSTI), False),  # the kernel drops the high half
     ("prlimit64", (0, 7), True),
     ("prlimit64", (1, 7), False),
+    ("prlimit64", (0, 10), False),  # the mark of a call
+    ("setrlimit", (7,), True),
+    ("setrlimit", (10,), False),
     ("prlimit64", (1 << 32, 7), True),  # is pid 0 for the kernel
     ("sched_setaffinity", (0,), True),
     ("sched_setaffinity", (4321,), False),
