@@ -76,7 +76,7 @@ format: $(STAMP) ## rewrite the sources the way `make lint` wants them
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-compare: $(STAMP) ## GRPO, uniform and two RoC arms, 3 seeds (25-60 min)
+compare: $(STAMP) ## GRPO, RoC and controls, 7 arms x 5 seeds (1-3 hours)
 	$(PY) -m roc.main compare --config=experiments/roc_vs_grpo.py \
 	  --workdir=$(COMPARE_RUN) $(ARGS)
 

@@ -222,6 +222,15 @@ def say(text: str) -> None:
   console.print(text, markup=False)
 
 
+def identity(
+  cfg: config_lib.Config,
+  program: str,
+  data: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Any]:
+  """What makes a run that run: settings, and digests of what it reads."""
+  return config_lib.identity(cfg, program) | dict(data)
+
+
 def claim(
   cfg: config_lib.Config,
   host: wiring.HostParts,
@@ -241,7 +250,7 @@ def claim(
   facts: dict[str, Any] = {
     "config_json": config_lib.to_json(cfg),
     "gin_text": host.gin_text,
-    "identity": config_lib.identity(cfg, program) | dict(data),
+    "identity": identity(cfg, program, data),
   }
   run = runlog.claim(workdir, program, **facts)
   if cfg.checkpoint.directory:

@@ -1,10 +1,10 @@
-"""Four ways of choosing what to train on, from one policy, seed by seed.
+"""Seven ways of choosing what to train on, seed by seed.
 
-The arms differ in the filter alone. `grpo` draws as many rollouts as it keeps;
-the other three draw more and keep the same number, so they are compared twice:
-against steps (equal updates) and against rollouts drawn (equal sampling).
-`uniform` is the control that tells cleaning from mere thinning: it throws away
-as many rollouts as RoC does, without looking.
+The arms differ in the filter alone. They are compared at equal updates, at
+equal numbers of rollouts drawn and at equal numbers of tokens sampled, because
+they do not cost the same: `grpo` draws as many rollouts as it keeps, the others
+draw more, and `grpo_2g` trains on all of those. `stratified` is the control
+that tells cleaning from thinning: RoC's quotas, blind to penalties.
 
 Every run has its own directory, `<workdir>/<arm>/seed_<k>`, and finished ones
 are passed over, so the same command continues an interrupted comparison.
@@ -24,22 +24,40 @@ import rich.box
 import rich.console
 import rich.table
 
-from roc import curves, errors, plots, report
-from roc.estimates import Estimate, estimate
+from roc import (
+  build,
+  curves,
+  errors,
+  estimates,
+  lessons,
+  plots,
+  pretrained,
+  report,
+  runlog,
+)
+from roc import config as config_lib
+from roc.device import selection
+from roc.estimates import Estimate
 
 
 class Arm(NamedTuple):
-  """One way of choosing; draws `n_kept` rollouts when not oversampled."""
+  """One way of choosing: a filter, and how many rollouts it sees and keeps."""
 
   name: str
   label: str
-  mode: str
+  mode: selection.Mode
   colour: str
+  is_dashed: bool = False
+  draws_more: bool = True  # config.filter.n_drawn; else only n_kept
+  keeps_all: bool = False  # what it draws
 
 
 ARMS = (
-  Arm("grpo", "GRPO", "none", "grey"),
+  Arm("grpo", "GRPO", "none", "grey", draws_more=False),
+  Arm("grpo_2g", "GRPO 2G", "none", "ink", keeps_all=True),
   Arm("uniform", "uniform", "uniform", "orange"),
+  Arm("stratified", "stratified", "stratified", "green"),
+  Arm("balanced", "balanced", "balanced", "violet"),
   Arm("roc_sort", "RoC sort", "sort", "blue"),
   Arm("roc_inverse", "RoC inverse", "inverse", "magenta"),
 )
@@ -64,43 +82,112 @@ MEASURES = (
 )
 
 
+class Budget(NamedTuple):
+  """What the arms are given equal amounts of."""
+
+  metric: str
+  name: str
+  column: str
+
+
+BUDGETS = (
+  Budget(estimates.STEP, "updates", "updates"),
+  Budget(estimates.DRAWN, "rollouts drawn", "drawn"),
+  Budget(estimates.TOKENS, "tokens sampled", "sampled"),
+)
+
+Runs = Mapping[str, Sequence[Sequence[curves.Row]]]
+
+
 # ------------------------------------------------------------------- running
 
 
-def run(cfg: Any, workdir: pathlib.Path) -> None:
+class Job(NamedTuple):
+  """One run: its program, configuration and workdir."""
+
+  program: str
+  cfg: config_lib.Config
+  workdir: pathlib.Path
+
+
+def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   """Trains what is not trained yet, then prints and plots all arms.
 
-  All arms and seeds start from one policy: `cfg.init_from`, or where that is
-  empty the one that supervised training leaves in `<workdir>/sft`.
+  All arms of a seed start from one policy: `cfg.init_from`, or where that is
+  empty the one that supervised training with this seed leaves in
+  `<workdir>/sft/seed_<k>`.
 
   Args:
-    cfg: `roc.config.Config` of the oversampled arms; seeds count up from
+    cfg: of the arms that draw more than they keep; seeds count up from
       `cfg.seed`.
     workdir: holds one directory per arm and the comparison files.
+
+  Raises:
+    errors.UserError: there are runs of another configuration.
   """
-  workdir = pathlib.Path(workdir)
+  cfg, workdir = pretrained.settle(cfg), pathlib.Path(workdir)
+  if cfg.train.replay:
+    raise errors.UserError(
+      "compare draws the rollouts of each arm itself; leave config.train.replay"
+      " empty"
+    )
+  jobs = {seed: _jobs(cfg, workdir, seed) for seed in seeds(cfg)}
+  _refuse_other_runs(cfg, [job for of_seed in jobs.values() for job in of_seed])
   console = rich.console.Console(highlight=False)
-  if not cfg.init_from:
-    start = workdir / "sft"
-    console.print("starting policy: supervised training", markup=False)
-    _program("sft").run(_with_store(cfg, "sft"), start)
-    cfg = dataclasses.replace(cfg, init_from=str(start))
-  jobs = [(seed, arm) for seed in range(cfg.compare.seeds) for arm in ARMS]
-  for i, (seed, arm) in enumerate(jobs):
-    place = workdir / arm.name / f"seed_{cfg.seed + seed}"
-    if is_finished(place, cfg.train.steps):
-      console.print(f"[{i + 1}/{len(jobs)}] {place}: finished", markup=False)
-      continue
-    console.print(f"[{i + 1}/{len(jobs)}] {place}", markup=False)
-    run_cfg = arm_config(cfg, arm, cfg.seed + seed)
-    run_cfg = _with_store(run_cfg, *place.relative_to(workdir).parts)
-    _program("train").run(run_cfg, place)
-  table = write(workdir)
-  console.print(table)
+  n_done, n_all = 0, sum(map(len, jobs.values()))
+  for of_seed in jobs.values():
+    is_all_trained = all(_is_trained(j) for j in of_seed if j.program != "sft")
+    for job in of_seed:
+      n_done += 1
+      is_finished = is_all_trained or _is_trained(job)
+      text = f"[{n_done}/{n_all}] {job.workdir}"
+      console.print(text + ": finished" * is_finished, markup=False)
+      if not is_finished:
+        _program(job.program).run(job.cfg, job.workdir)
+  for table in write(workdir, seeds(cfg)):
+    console.print(table)
   console.print(f"comparison: {workdir / 'comparison.html'}", markup=False)
 
 
-def _with_store(cfg: Any, *parts: str) -> Any:
+def seeds(cfg: config_lib.Config) -> range:
+  """The seeds that are compared."""
+  return range(cfg.seed, cfg.seed + cfg.compare.seeds)
+
+
+def _jobs(
+  cfg: config_lib.Config, workdir: pathlib.Path, seed: int
+) -> list[Job]:
+  """The runs of one seed, in the order in which they are made."""
+  cfg = dataclasses.replace(cfg, seed=seed)
+  jobs = []
+
+  def add(program: str, cfg: config_lib.Config, *parts: str) -> pathlib.Path:
+    place = workdir.joinpath(*parts)
+    jobs.append(Job(program, _with_store(cfg, *parts), place))
+    return place
+
+  if not cfg.init_from:
+    start = add("sft", cfg, "sft", f"seed_{seed}")
+    cfg = dataclasses.replace(cfg, init_from=str(start))
+  for arm in ARMS:
+    add("train", arm_config(cfg, arm), arm.name, f"seed_{seed}")
+  return jobs
+
+
+def arm_config(cfg: config_lib.Config, arm: Arm) -> config_lib.Config:
+  """Returns the configuration of one arm: the filter replaced."""
+  f = cfg.filter
+  n_drawn = f.n_drawn if arm.draws_more else f.n_kept
+  row_filter = dataclasses.replace(
+    f,
+    mode=arm.mode,
+    n_drawn=n_drawn,
+    n_kept=n_drawn if arm.keeps_all else f.n_kept,
+  )
+  return dataclasses.replace(cfg, filter=row_filter)
+
+
+def _with_store(cfg: config_lib.Config, *parts: str) -> config_lib.Config:
   """A place below `config.checkpoint.directory` for each run, if it is set."""
   directory = cfg.checkpoint.directory
   if not directory:
@@ -111,39 +198,53 @@ def _with_store(cfg: Any, *parts: str) -> Any:
   return dataclasses.replace(cfg, checkpoint=store)
 
 
-def arm_config(cfg: Any, arm: Arm, seed: int) -> Any:
-  """Returns the configuration of one run: the filter and the seed replaced."""
-  is_oversampled = arm.mode != "none"
-  row_filter = dataclasses.replace(
-    cfg.filter,
-    mode=arm.mode,
-    n_drawn=cfg.filter.n_drawn if is_oversampled else cfg.filter.n_kept,
-  )
-  return dataclasses.replace(cfg, seed=seed, filter=row_filter)
+def _refuse_other_runs(cfg: config_lib.Config, jobs: Sequence[Job]) -> None:
+  """Raises `errors.UserError` if a workdir holds another configuration's run.
+
+  Finished runs are not started again, so nobody else would notice.
+  """
+  there = [job for job in jobs if (job.workdir / runlog.RECORD).exists()]
+  gin_text = build.host_parts(cfg).gin_text if there else ""
+  for job in there:
+    data = lessons.identity(job.cfg) if job.program == "sft" else {}
+    runlog.require_same(
+      job.workdir,
+      job.program,
+      gin_text=gin_text,
+      identity=build.identity(job.cfg, job.program, data),
+      remedy="give compare another --workdir, or remove that directory to train"
+      " this run anew",
+    )
 
 
-def is_finished(place: pathlib.Path, n_steps: int) -> bool:
-  """Says whether a run's metrics reach the last step and its evaluation."""
-  path = place / "metrics.jsonl"
+def _is_trained(job: Job) -> bool:
+  """Whether metrics reach the last step of RL and the evaluation behind it.
+
+  False for supervised training, which says itself that all steps are done.
+  """
+  path = job.workdir / runlog.METRICS
   if not path.is_file() or not path.stat().st_size:
     return False
   evaluated = curves.evaluations(curves.read(path))
-  return bool(evaluated) and evaluated[-1]["step"] >= n_steps
+  return bool(evaluated) and evaluated[-1]["step"] >= job.cfg.train.steps
 
 
 def _program(name: str) -> Any:
-  # Not imported above: reading results needs no jax.
+  # Imported where it runs, so that tests can put something in its place.
   return importlib.import_module(f"roc.{name}")
 
 
 # --------------------------------------------------------------- aggregating
 
 
-def load(workdir: pathlib.Path) -> dict[str, list[list[curves.Row]]]:
-  """Reads every run of every arm.
+def load(
+  workdir: pathlib.Path, of_seeds: Sequence[int]
+) -> dict[str, list[list[curves.Row]]]:
+  """Reads the runs of every arm.
 
   Args:
     workdir: what `run` was given.
+    of_seeds: the seeds to read; runs of others may lie beside them.
 
   Returns:
     Arm name to its runs in the order of their seeds; only arms that have any.
@@ -153,10 +254,10 @@ def load(workdir: pathlib.Path) -> dict[str, list[list[curves.Row]]]:
   """
   runs = {}
   for arm in ARMS:
-    paths = sorted(
-      workdir.glob(f"{arm.name}/seed_*/metrics.jsonl"),
-      key=lambda path: int(path.parent.name.removeprefix("seed_")),
-    )
+    paths = [
+      workdir / arm.name / f"seed_{k}" / runlog.METRICS for k in of_seeds
+    ]
+    paths = [path for path in paths if path.is_file()]
     if paths:
       runs[arm.name] = [curves.read(path) for path in paths]
   if not runs:
@@ -167,127 +268,146 @@ def load(workdir: pathlib.Path) -> dict[str, list[list[curves.Row]]]:
   return runs
 
 
+def common_amount(runs: Runs, budget: str) -> float:
+  """The most of a budget that every run had spent at an evaluation.
+
+  Args:
+    runs: arm name to its runs.
+    budget: metric that counts it.
+  """
+  return min(
+    estimates.spent(rows, budget, curves.evaluations(rows)[-1]["step"])
+    for arm_runs in runs.values()
+    for rows in arm_runs
+  )
+
+
 # ------------------------------------------------------------------- writing
 
 
-def write(workdir: pathlib.Path) -> rich.table.Table:
+class Table(NamedTuple):
+  """All arms at an equal amount of one budget, as text."""
+
+  title: str
+  columns: list[str]
+  body: list[list[str]]
+
+
+def write(
+  workdir: pathlib.Path, of_seeds: Sequence[int]
+) -> list[rich.table.Table]:
   """Writes comparison.{json,md,svg,png,html} from the runs in a workdir.
 
   Args:
     workdir: what `run` was given.
+    of_seeds: the seeds that are compared.
 
   Returns:
-    The table of the last common step, for the terminal.
+    A table for each of `BUDGETS`, for the terminal.
   """
-  runs = load(workdir)
-  estimates = {
-    name: {m.metric: estimate(arm_runs, m.metric) for m in MEASURES}
+  runs = load(workdir, of_seeds)
+  over_steps = {
+    name: {m.metric: estimates.estimate(arm_runs, m.metric) for m in MEASURES}
     for name, arm_runs in runs.items()
   }
-  columns, body = final_table(estimates)
+  tables = [equal_table(runs, budget) for budget in BUDGETS]
   note = _note(runs)
-  figure = _figure(estimates)
+  figure = _figure(over_steps)
   outputs = {
-    "json": json.dumps(_as_json(estimates), indent=1, allow_nan=False) + "\n",
-    "md": _markdown(columns, body, note),
+    "json": json.dumps(_as_json(over_steps), indent=1, allow_nan=False) + "\n",
+    "md": "\n".join([*map(_markdown, tables), note, ""]),
     "svg": plots.to_svg(figure, is_standalone=True),
     "html": _page(
       title=f"roc: {workdir.resolve().name}",
+      arms=len(runs),
       note=note,
       svg=plots.to_svg(figure),
-      columns=columns,
-      rows=body,
+      tables=tables,
     ),
   }
   for ending, text in outputs.items():
     (workdir / f"comparison.{ending}").write_text(text, encoding="utf-8")
   (workdir / "comparison.png").write_bytes(plots.to_png(figure))
-  table = rich.table.Table(
-    caption=note,
-    box=rich.box.SIMPLE_HEAD,
-    caption_justify="left",
-    pad_edge=False,
-    collapse_padding=True,
-  )
-  for i, name in enumerate(columns):
-    table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-  for row in body:
-    table.add_row(*row)
-  return table
+  return [
+    _terminal(table, note if table is tables[-1] else None) for table in tables
+  ]
 
 
-def final_table(
-  estimates: Mapping[str, Mapping[str, Estimate]],
-) -> tuple[list[str], list[list[str]]]:
-  """The comparison at the start and at the last step that all runs share.
+def equal_table(runs: Runs, budget: Budget) -> Table:
+  """All arms when they had spent the same.
 
   Args:
-    estimates: arm name to metric to estimate.
+    runs: arm name to its runs.
+    budget: of what.
 
   Returns:
-    Column names, and a row of text for the common start and for each arm.
+    A line for what all started from and one for each arm.
   """
-  columns = ["arm", "step", "drawn", *(m.column for m in MEASURES)]
-  shared = [e[report.ACCURACY].steps for e in estimates.values()]
-  common = set.intersection(*(set(steps.tolist()) for steps in shared))
-  if not common:
-    return columns, []
+  amount = common_amount(runs, budget.metric)
   labels = {arm.name: arm.label for arm in ARMS}
-  body = []
-  for name, measures in estimates.items():
-    steps = measures[report.ACCURACY].steps.tolist()
-    if not body and 0 in steps:
-      body.append(_row("start", measures, steps.index(0)))
-    body.append(_row(labels[name], measures, steps.index(max(common))))
-  return columns, body
-
-
-def _row(label: str, measures: Mapping[str, Estimate], where: int) -> list[str]:
-  first = measures[report.ACCURACY]
-  cells = [
-    _cell(measures[m.metric], where, m.is_percent, first.n[where])
-    for m in MEASURES
+  others = [b for b in BUDGETS if b != budget]
+  columns = ["arm", *(b.column for b in others), *(m.column for m in MEASURES)]
+  first = next(iter(runs.values()))
+  body = [_line("start", first, budget, 0.0)] if amount else []
+  body += [
+    _line(labels[name], arm_runs, budget, amount)
+    for name, arm_runs in runs.items()
   ]
-  return [label, str(first.steps[where]), f"{first.drawn[where]:,.0f}", *cells]
+  return Table(f"At {amount:,.0f} {budget.name}", columns, body)
 
 
-def _cell(values: Estimate, where: int, is_percent: bool, n_seeds: int) -> str:
-  mean, half, n = values.mean[where], values.half[where], values.n[where]
-  if not n:
+def _line(
+  label: str,
+  arm_runs: Sequence[Sequence[curves.Row]],
+  budget: Budget,
+  amount: float,
+) -> list[str]:
+  at = lambda metric: [
+    estimates.value_at(rows, metric, budget.metric, amount) for rows in arm_runs
+  ]
+  costs = [f"{np.mean(at(b.metric)):,.0f}" for b in BUDGETS if b != budget]
+  return [label, *costs, *(_cell(at(m.metric), m.is_percent) for m in MEASURES)]
+
+
+def _cell(values: Sequence[float], is_percent: bool) -> str:
+  known = [v for v in values if math.isfinite(v)]
+  if not known:
     return "–"
+  mean, half = estimates.mean_interval(known)
   scale = 100 if is_percent else 1
   digits = 2 if not is_percent and mean < 20 else 1
   text = f"{scale * mean:.{digits}f}"
-  if n > 1:
+  if len(known) > 1:
     text += f" ± {scale * half:.{digits}f}"
-  return text if n == n_seeds else f"{text} (n={n})"
+  return text if len(known) == len(values) else f"{text} (n={len(known)})"
 
 
-def _note(runs: Mapping[str, Sequence[Any]]) -> str:
+def _note(runs: Runs) -> str:
   counts = sorted({len(arm_runs) for arm_runs in runs.values()})
-  seeds = " to ".join(str(n) for n in {counts[0]: 0, counts[-1]: 0})
+  n_seeds = " to ".join(str(n) for n in {counts[0]: 0, counts[-1]: 0})
   return (
-    f"Held-out problems; mean over {seeds} seeds ± half the 95 % t-interval."
-    " drawn: rollouts. failing: failed calls per call in correct rollouts."
-    " calls and tokens: per rollout."
+    f"Held-out problems; mean over {n_seeds} seeds ± half the 95 % t-interval,"
+    " on the straight line between two evaluations where the amount falls"
+    " between them. drawn: rollouts. sampled: tokens of the model. failing:"
+    " failed calls per call in correct rollouts. calls and tokens: per rollout."
   )
 
 
 def _figure(
-  estimates: Mapping[str, Mapping[str, Estimate]],
+  over_steps: Mapping[str, Mapping[str, Estimate]],
 ) -> Any:
-  figure, axes = plots.panels(2, len(MEASURES), size=(3.9, 2.9))
+  figure, axes = plots.panels(len(BUDGETS), len(MEASURES), size=(3.9, 2.9))
   by_name = {arm.name: arm for arm in ARMS}
   for i, ax in enumerate(axes):
-    measure = MEASURES[i % len(MEASURES)]
-    is_by_steps = i < len(MEASURES)
-    for name, measures in estimates.items():
+    budget, measure = BUDGETS[i // len(MEASURES)], MEASURES[i % len(MEASURES)]
+    for name, measures in over_steps.items():
       values, arm = measures[measure.metric], by_name[name]
-      xs = values.steps if is_by_steps else values.drawn
+      xs = values.spent[budget.metric]
       half = np.nan_to_num(values.half)
       plots.band(
-        ax, xs, values.mean - half, values.mean + half, colour=arm.colour
-      )
+        ax, xs, values.mean - half, values.mean + half, colour=arm.colour,
+        alpha=0.07,
+      )  # fmt: skip
       plots.curve(
         ax, xs, values.mean, label=arm.label, colour=arm.colour,
         has_points=len(xs) < 15,
@@ -295,7 +415,7 @@ def _figure(
     plots.finish(
       ax,
       measure.title,
-      xlabel="step" if is_by_steps else "rollouts drawn",
+      xlabel=budget.name,
       is_percent=measure.is_percent,
       floor=None,
       has_legend=False,
@@ -305,7 +425,7 @@ def _figure(
 
 
 def _as_json(
-  estimates: Mapping[str, Mapping[str, Estimate]],
+  over_steps: Mapping[str, Mapping[str, Estimate]],
 ) -> Any:
   def numbers(values: np.ndarray) -> list[float | None]:
     return [v if math.isfinite(v) else None for v in values.tolist()]
@@ -313,25 +433,40 @@ def _as_json(
   return {
     name: {
       metric: {
-        "step": values.steps.tolist(),
-        "rollouts_drawn": numbers(values.drawn),
+        **{k: numbers(v) for k, v in values.spent.items()},
         "mean": numbers(values.mean),
         "half_width_95": numbers(values.half),
         "seeds": values.n.tolist(),
       }
       for metric, values in measures.items()
     }
-    for name, measures in estimates.items()
+    for name, measures in over_steps.items()
   }
 
 
-def _markdown(
-  columns: Sequence[str], body: Sequence[Sequence[str]], note: str
-) -> str:
-  rule = ["---", *["---:"] * (len(columns) - 1)]
-  lines = [columns, rule, *body]
-  table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-  return f"{table}\n{note}\n"
+def _markdown(table: Table) -> str:
+  rule = ["---", *["---:"] * (len(table.columns) - 1)]
+  lines = [table.columns, rule, *table.body]
+  text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  return f"{table.title}:\n\n{text}"
+
+
+def _terminal(table: Table, note: str | None) -> rich.table.Table:
+  shown = rich.table.Table(
+    title=table.title,
+    title_justify="left",
+    title_style="",
+    caption=note,
+    box=rich.box.SIMPLE_HEAD,
+    caption_justify="left",
+    pad_edge=False,
+    collapse_padding=True,
+  )
+  for i, name in enumerate(table.columns):
+    shown.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+  for row in table.body:
+    shown.add_row(*row)
+  return shown
 
 
 def _page(**values: Any) -> str:

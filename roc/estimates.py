@@ -8,6 +8,8 @@ import numpy as np
 
 from roc import curves
 
+# What arms may be given equal amounts of: metrics that count up.
+STEP, DRAWN, TOKENS = "step", "rollouts_drawn", "tokens_sampled"
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 _T_QUANTILES = (
   12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622,
@@ -22,14 +24,15 @@ class Estimate:
 
   Attributes:
     steps: training steps.
-    drawn: rollouts drawn up to then, mean over seeds.
+    spent: `STEP`, `DRAWN` and `TOKENS` to what was spent up to then, mean over
+      seeds.
     mean: mean over the seeds that have a number there; NaN without any.
     half: half the 95 % t-interval; NaN with fewer than two seeds.
     n: seeds that have a number.
   """
 
   steps: np.ndarray
-  drawn: np.ndarray
+  spent: dict[str, np.ndarray]
   mean: np.ndarray
   half: np.ndarray
   n: np.ndarray
@@ -51,7 +54,6 @@ def estimate(runs: Sequence[Sequence[curves.Row]], metric: str) -> Estimate:
     {row["step"]: row for row in curves.evaluations(rows)} for rows in runs
   ]
   steps = sorted(set.intersection(*(set(rows) for rows in evaluated)))
-  drawn = [[_drawn(rows, s) for rows in runs] for s in steps]
   samples = [
     [
       float(rows[s][metric])
@@ -63,18 +65,61 @@ def estimate(runs: Sequence[Sequence[curves.Row]], metric: str) -> Estimate:
   summary = [mean_interval(values) for values in samples]
   return Estimate(
     steps=np.array(steps, int),
-    drawn=np.array([np.mean(values) for values in drawn]),
+    spent={
+      budget: np.array(
+        [np.mean([spent(rows, budget, s) for rows in runs]) for s in steps]
+      )
+      for budget in (STEP, DRAWN, TOKENS)
+    },
     mean=np.array([mean for mean, _ in summary]),
     half=np.array([half for _, half in summary]),
     n=np.array([len(values) for values in samples], int),
   )
 
 
-def _drawn(rows: Sequence[curves.Row], step: int) -> float:
-  """Rollouts drawn up to a step: the count is written with every step."""
-  steps, counts = curves.series(rows, "rollouts_drawn")
+def spent(rows: Sequence[curves.Row], budget: str, step: int) -> float:
+  """What a run had spent by a step.
+
+  Args:
+    rows: its metrics.
+    budget: `STEP`, `DRAWN` or `TOKENS`.
+    step: of training.
+
+  Returns:
+    The count; it is written with every step, and 0 before the first.
+  """
+  steps, counts = curves.series(rows, budget)
   known = [c for s, c in zip(steps, counts, strict=True) if s <= step]
   return known[-1] if known else 0.0
+
+
+def value_at(
+  rows: Sequence[curves.Row], metric: str, budget: str, amount: float
+) -> float:
+  """A metric of one run when it had spent so much.
+
+  Args:
+    rows: its metrics.
+    metric: name of an evaluation metric, or another budget.
+    budget: `STEP`, `DRAWN` or `TOKENS`.
+    amount: spent, in units of the budget.
+
+  Returns:
+    The value, on the straight line between the evaluations before and after;
+    NaN outside of them and where one of the two is undefined.
+  """
+  steps = [row["step"] for row in curves.evaluations(rows)]
+  xs = [spent(rows, budget, step) for step in steps]
+  if metric in (STEP, DRAWN, TOKENS):
+    ys = [spent(rows, metric, step) for step in steps]
+  else:
+    ys = [
+      float(row[metric]) if curves.is_number(row.get(metric)) else math.nan
+      for row in curves.evaluations(rows)
+    ]
+  if amount in xs:
+    return ys[xs.index(amount)]
+  return float(np.interp(amount, xs, ys, left=math.nan, right=math.nan))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -11,7 +11,8 @@ import numpy as np
 from roc import filter_report, layout, plots
 
 COLOURS = {
-  "none": "grey", "uniform": "orange", "sort": "blue", "inverse": "magenta",
+  "none": "grey", "uniform": "orange", "stratified": "green",
+  "balanced": "violet", "sort": "blue", "inverse": "magenta",
 }  # fmt: skip
 # Upper bounds and names of the classes of penalties.
 _CLASSES = ((0.0, "0"), (0.25, "to ¼"), (0.5, "to ½"), (2.0, "over ½"))

@@ -90,9 +90,10 @@ COMMANDS = {
     "none",
   ),
   "compare": Command(
-    "train plain GRPO, a random filter and both RoC filters over seeds",
-    "Trains each arm and seed from one supervised policy and draws them"
-    " together; what is finished already is not trained again.",
+    "train plain GRPO, controls and both RoC filters over seeds",
+    "Trains a policy from demonstrations for each seed (or starts from"
+    " config.init_from), trains each arm from it and draws them together; what"
+    " is finished already is not trained again.",
     "compare --config=experiments/roc_vs_grpo.py --workdir=runs/comparison",
   ),
   "export": Command(

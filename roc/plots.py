@@ -28,6 +28,7 @@ COLOURS = {
   "orange": ("#c85f08", "#f5a35c"),
   "green": ("#138056", "#5ccf9e"),
   "magenta": ("#a93b78", "#ec8fc4"),
+  "violet": ("#6a4fc0", "#b4a3f7"),
   "grey": ("#7b828c", "#959da8"),
 }
 FONTS = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
@@ -147,10 +148,11 @@ def band(
   high: npt.ArrayLike,
   *,
   colour: str,
+  alpha: float = 0.15,
 ) -> None:
   """Shades an interval around a curve of the same colour."""
   ax.fill_between(
-    xs, low, high, color=light(colour), alpha=0.15, linewidth=0, zorder=1
+    xs, low, high, color=light(colour), alpha=alpha, linewidth=0, zorder=1
   )
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from roc import errors, places, records
 
 METRICS = "metrics.jsonl"
-_RECORD = "run.json"
+RECORD = "run.json"
 
 
 class Run:
@@ -38,7 +38,7 @@ class Run:
   def note(self, **facts: Any) -> None:
     """Adds JSON-able facts, such as the sandbox's tier, to run.json."""
     self._record["attempts"][-1].update(facts)
-    records.write_json(self.workdir / _RECORD, self._record)
+    records.write_json(self.workdir / RECORD, self._record)
 
   def close(self) -> None:
     """Lets go of the workdir; the kernel does it too when the process ends."""
@@ -80,18 +80,15 @@ def claim(
   path = pathlib.Path(workdir).absolute()
   fd = records.lock(path)
   try:
-    record = _read_record(path)
-    wanted = {
+    require_same(path, program, gin_text=gin_text, identity=identity)
+    record = {
       "program": program,
-      "identity": _as_json(identity) | records.statements(gin_text),
+      "identity": _full_identity(identity, gin_text),
+      "attempts": [*_read_record(path).get("attempts", []), _attempt()],
     }
-    if record.get("identity") is not None:
-      _require_same(path, record, wanted)
-    attempts = [*record.get("attempts", []), _attempt()]
-    record = {**wanted, "attempts": attempts}
     records.write_text(path / "config.json", config_json)
     records.write_text(path / "config.gin", gin_text)
-    records.write_json(path / _RECORD, record)
+    records.write_json(path / RECORD, record)
   except BaseException:
     os.close(fd)
     raise
@@ -101,14 +98,14 @@ def claim(
 def forget_config(workdir: str | os.PathLike[str]) -> None:
   """Lets the next `claim` bring any configuration (--allow_config_change)."""
   path = pathlib.Path(workdir).absolute()
-  if not (path / _RECORD).exists():
+  if not (path / RECORD).exists():
     return
   fd = records.lock(path)
   try:
     record = _read_record(path)
     earlier = [*record.pop("earlier", []), record.get("identity")]
     record |= {"identity": None, "earlier": earlier}
-    records.write_json(path / _RECORD, record)
+    records.write_json(path / RECORD, record)
   finally:
     os.close(fd)
 
@@ -136,10 +133,10 @@ def claim_store(
   Raises:
     errors.UserError: it cannot be written, or has another run's checkpoints.
   """
-  path = directory / _RECORD
+  path = directory / RECORD
   wanted: dict[str, Any] = {
     "program": program,
-    "identity": _as_json(identity) | records.statements(gin_text),
+    "identity": _full_identity(identity, gin_text),
   }
   where = f"config.checkpoint.directory {directory}"
   with places.reaching(directory, "written"):
@@ -178,7 +175,7 @@ def _stored_record(path: places.Path) -> dict[str, Any] | None:
 def forget_store(directory: places.Path) -> None:
   """Lets the next `claim_store` bring any configuration."""
   with places.reaching(directory, "written"):
-    (directory / _RECORD).unlink(missing_ok=True)
+    (directory / RECORD).unlink(missing_ok=True)
 
 
 class MetricsLog:
@@ -327,7 +324,7 @@ def _number(value: Any) -> Any:
 
 
 def _read_record(workdir: pathlib.Path) -> dict[str, Any]:
-  path = workdir / _RECORD
+  path = workdir / RECORD
   try:
     record = json.loads(path.read_bytes())
     if isinstance(record, dict):
@@ -341,26 +338,52 @@ def _read_record(workdir: pathlib.Path) -> dict[str, Any]:
   except (OSError, ValueError) as e:
     cause = str(e)
   raise errors.UserError(
-    f"cannot tell whose run is in {workdir}, {_RECORD} is unreadable ({cause});"
+    f"cannot tell whose run is in {workdir}, {RECORD} is unreadable ({cause});"
     " restore that file or give another --workdir"
   )
 
 
-def _require_same(
-  workdir: pathlib.Path, old: dict[str, Any], new: dict[str, Any]
+def require_same(
+  workdir: pathlib.Path,
+  program: str,
+  *,
+  gin_text: str,
+  identity: dict[str, Any],
+  remedy: str = "give another --workdir, or --allow_config_change to go on here"
+  " with the new one",
 ) -> None:
-  if old["program"] != new["program"]:
+  """Refuses a workdir that holds another run than this one.
+
+  Args:
+    workdir: empty, or of a run.
+    program: as in `claim`.
+    gin_text: likewise.
+    identity: likewise.
+    remedy: what the user may do about another configuration.
+
+  Raises:
+    errors.UserError: says what differs.
+  """
+  record = _read_record(workdir)
+  if record.get("identity") is None:
+    return
+  if record["program"] != program:
     raise errors.UserError(
-      f"workdir {workdir} holds a run of `{old['program']}`, not of"
-      f" `{new['program']}`; give another --workdir"
+      f"workdir {workdir} holds a run of `{record['program']}`, not of"
+      f" `{program}`; give another --workdir"
     )
-  changed = records.differences(old["identity"], new["identity"])
+  wanted = _full_identity(identity, gin_text)
+  changed = records.differences(record["identity"], wanted)
   if changed:
     raise errors.UserError(
       f"workdir {workdir} belongs to another configuration: {changed} differ;"
-      " give another --workdir, or --allow_config_change to go on here with the"
-      " new one"
+      f" {remedy}"
     )
+
+
+def _full_identity(identity: dict[str, Any], gin_text: str) -> dict[str, Any]:
+  """What run.json holds: a run's settings as JSON and its gin statements."""
+  return json.loads(json.dumps(identity)) | records.statements(gin_text)
 
 
 def _attempt() -> dict[str, Any]:
@@ -375,7 +398,3 @@ def _attempt() -> dict[str, Any]:
     "command": sys.argv,
     "versions": versions,
   }
-
-
-def _as_json(value: Any) -> Any:
-  return json.loads(json.dumps(value))

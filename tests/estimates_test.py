@@ -46,6 +46,27 @@ def test_estimate_uses_common_steps_and_counts_missing_values():
   ]
   got = estimates.estimate(runs_of_arm, "x")
   assert got.steps.tolist() == [0, 2]
-  assert got.drawn.tolist() == [0.0, 30.0]
+  assert got.spent["rollouts_drawn"].tolist() == [0.0, 30.0]
+  assert got.spent["step"].tolist() == [0.0, 2.0]
   assert got.mean.tolist() == [1.0, 3.0]
   assert got.n.tolist() == [1, 2]
+
+
+def test_value_at_an_amount_between_two_evaluations():
+  name = curves.ACCURACY
+  rows = [
+    {"step": 0, name: 0.5},
+    {"step": 1, "tokens_sampled": 100, "rollouts_drawn": 8},
+    {"step": 2, name: 0.7, "tokens_sampled": 300, "rollouts_drawn": 16},
+    {"step": 4, name: 0.8, "tokens_sampled": 500, "rollouts_drawn": 32},
+  ]
+  at = lambda metric, amount: estimates.value_at(
+    rows, metric, "tokens_sampled", amount
+  )
+  assert at(name, 300) == 0.7
+  assert at(name, 150) == pytest.approx(0.6)
+  assert at(name, 400) == pytest.approx(0.75)
+  assert at("rollouts_drawn", 400) == 24
+  assert at("step", 150) == 1
+  assert math.isnan(at(name, 501))
+  assert math.isnan(at("absent", 150))

@@ -17,7 +17,7 @@ from roc.device import selection, step
 from roc.host import episode, pack
 
 S = layout.ToolStatus
-MODES = ("sort", "inverse", "uniform")
+MODES = tuple(mode for mode in resample.MODES if mode != "none")
 
 
 def run(capsys, *argv):

@@ -31,6 +31,7 @@ def write_metrics(
         "time/score": 0.0,
         "time/update": 1.5,
         "rollouts_drawn": drawn * step,
+        "tokens_sampled": 50 * drawn * step,
         "loss": float("nan"),
       }
     if step % every == 0:

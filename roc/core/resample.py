@@ -12,8 +12,14 @@ score and of quotas:
     replacement with weight 1 / (p_total + eps), wrong ones uniformly. The paper
     leaves p_total = 0 open; eps sets how strong the filter is, and eps -> 0
     approaches "sort".
-  "uniform": G of the O at random, blind to outcome and penalty: the control
-    with the same number of draws.
+  "stratified": the quotas of "sort", random within each sign: the control that
+    differs from RoC in nothing but its preference for clean correct rollouts.
+  "balanced": as many correct as wrong ones where there are enough, random
+    within each sign: PODS (arXiv 2504.13818), whose subset of largest reward
+    variance is this one when rewards are 0 and 1.
+  "uniform": G of the O at random, blind to outcome and penalty. It often keeps
+    one sign only of a mixed group, which then trains nothing, so it is no
+    control for what the filter selects by.
   "none": all O = G of them: plain GRPO.
 
 Ranks are counted by comparing all pairs of a group, [N, O, O]: exact,
@@ -27,7 +33,8 @@ import jax.numpy as jnp
 
 from roc import layout
 
-MODES = ("sort", "inverse", "uniform", "none")
+MODES = ("sort", "inverse", "stratified", "balanced", "uniform", "none")
+RANDOM_MODES = ("inverse", "stratified", "balanced", "uniform")
 # Salt of the random stream, apart from those of sampling.
 _STREAM = 1
 
@@ -147,11 +154,14 @@ def quotas(
   roundings do not add up to G (odd G, where the release stops with an
   assertion), wrong ones get G minus the correct ones. "inverse", the rule of
   the paper (section on GRPO-RoC): floor(wrong * G / n) wrong ones, the rest
-  correct, neither below its minimum. A minimum never asks for more than there
-  are, and what one side lacks the other fills.
+  correct, neither below its minimum. "stratified": those of "sort".
+  "balanced": ceil(G / 2) correct ones, the rest wrong, neither below its
+  minimum (PODS, arXiv 2504.13818: either half may be the larger of an odd G).
+  A minimum never asks for more than there are, and what one side lacks the
+  other fills.
 
   Args:
-    mode: "sort" or "inverse".
+    mode: one of `MODES` that have quotas: all but "uniform" and "none".
     n_pos_N: int32 [N], correct rollouts.
     n_neg_N: int32 [N], wrong rollouts.
     n_keep: G.
@@ -165,7 +175,7 @@ def quotas(
   n_N = jnp.maximum(n_pos_N + n_neg_N, 1)
   least_pos_N = jnp.minimum(min_pos, n_pos_N)
   least_neg_N = jnp.minimum(min_neg, n_neg_N)
-  if mode == "sort":
+  if mode in ("sort", "stratified"):
     quota_pos_N = _round_half_even(n_pos_N * n_keep, n_N)
     # Equals the rounded share of the wrong ones unless G is odd.
     quota_neg_N = n_keep - quota_pos_N
@@ -174,6 +184,9 @@ def quotas(
     quota_pos_N = jnp.where(
       quota_pos_N <= least_pos_N, least_pos_N, quota_pos_N
     )
+  elif mode == "balanced":
+    quota_neg_N = jnp.maximum(n_keep // 2, least_neg_N)
+    quota_pos_N = jnp.maximum(n_keep - quota_neg_N, least_pos_N)
   else:
     quota_neg_N = jnp.maximum(n_neg_N * n_keep // n_N, least_neg_N)
     quota_pos_N = jnp.maximum(n_keep - quota_neg_N, least_pos_N)
@@ -236,7 +249,7 @@ def _score_NO(
   if mode == "sort":
     return jnp.where(is_pos_NO, p_total_NO, 0.0)
   uniform_NO = _uniform_NO(key, group_id_N, rollout_id_NO)
-  if mode == "uniform":
+  if mode != "inverse":
     return uniform_NO
   # The clock of a rollout with weight w rings at Exponential(w).
   return -jnp.log(uniform_NO) * jnp.where(is_pos_NO, p_total_NO + eps, 1.0)
@@ -294,7 +307,7 @@ def _check(mode, key, n_rollouts, n_keep, min_pos, min_neg, eps) -> None:
       f"resample: eps is {eps}; it must be above 0, or a clean rollout would"
       " have infinite weight (mode 'sort' is that limit)."
     )
-  if mode in ("inverse", "uniform") and key is None:
+  if mode in RANDOM_MODES and key is None:
     raise ValueError(f"resample: mode {mode!r} draws at random; pass a key.")
 
 

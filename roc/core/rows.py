@@ -24,27 +24,24 @@ def is_eligible(outcome_NO: jax.Array) -> jax.Array:
   return outcome_NO != layout.Outcome.VOID
 
 
-def has_reward_spread(
-  outcome_NO: jax.Array, keep_NO: jax.Array | None = None
-) -> jax.Array:
-  """Groups with a correct and a wrong rollout: the others carry no signal.
+def has_reward_spread(reward_NO: jax.Array, keep_NO: jax.Array) -> jax.Array:
+  """Groups whose rewards are not all equal: the others carry no signal.
 
-  Dynamic sampling of DAPO (arXiv 2503.14476, Eq. 11: 0 < number correct < G),
-  decided on the integer outcomes. A float standard deviation would let rounding
-  noise of equal rewards pass as signal.
+  Dynamic sampling of DAPO (arXiv 2503.14476, Eq. 11), there for rewards of 0
+  and 1 alone; a group of wrong rollouts with rewards 0 and 0.3 has something
+  to say. The largest reward is compared with the smallest: a standard deviation
+  would let the rounding noise of equal rewards pass as signal.
 
   Args:
-    outcome_NO: int [N, O], `layout.Outcome`.
-    keep_NO: bool [N, O], rows to look at; all that are not VOID when left out.
+    reward_NO: float [N, O]; entries that are not looked at may hold anything.
+    keep_NO: bool [N, O], rows to look at.
 
   Returns:
-    bool [N]; False for a group without rows.
+    bool [N]; False for a group with fewer than two such rows.
   """
-  if keep_NO is None:
-    keep_NO = is_eligible(outcome_NO)
-  has_correct_N = jnp.any(keep_NO & (outcome_NO == layout.Outcome.CORRECT), -1)
-  has_wrong_N = jnp.any(keep_NO & (outcome_NO == layout.Outcome.WRONG), -1)
-  return has_correct_N & has_wrong_N
+  top_N = jnp.max(jnp.where(keep_NO, reward_NO, -jnp.inf), axis=-1)
+  low_N = jnp.min(jnp.where(keep_NO, reward_NO, jnp.inf), axis=-1)
+  return top_N > low_N
 
 
 def has_no_void_turn(has_void_turn_NO: jax.Array) -> jax.Array:

@@ -16,18 +16,20 @@ from roc.core import advantages, losses, masks, metrics, resample, rows
 from roc.core import trajectories as trajectories_lib
 from roc.device import step as step_lib
 
+Mode = Literal["sort", "inverse", "stratified", "balanced", "uniform", "none"]
+
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
   """Resample on correct, and the row filters that stack on it."""
 
-  mode: Literal["sort", "inverse", "uniform", "none"] = "sort"  # the resampler
+  mode: Mode = "sort"  # how the n_kept of n_drawn rollouts are chosen
   n_drawn: int = 16  # rollouts drawn per problem
   n_kept: int = 8  # rollouts of them that are trained on
   min_pos: int = 1  # correct rollouts kept if there are as many
   min_neg: int = 1  # wrong rollouts kept if there are as many
   eps: float = 0.1  # inverse: weight 1 / (penalty + eps)
-  drop_equal_reward: bool = True  # leave out groups of one outcome
+  drop_equal_reward: bool = True  # leave out groups of one and the same reward
   drop_void_turns: bool = False  # leave out rollouts with a void turn
   # Truncated rollouts: keep with reward 0, leave out, or penalise by length.
   overlong: Literal["keep", "mask", "soft"] = "keep"
@@ -97,7 +99,7 @@ def select(
   if f.drop_void_turns:
     is_live_NO &= rows.has_no_void_turn(traj.has_void_turn)
   if f.drop_equal_reward:
-    is_live_NO &= rows.has_reward_spread(traj.outcome, is_live_NO)[:, None]
+    is_live_NO &= rows.has_reward_spread(traj.reward, is_live_NO)[:, None]
   reward_NO = traj.reward
   if f.overlong == "soft":
     reward_NO += rows.soft_overlong_penalty(
@@ -145,7 +147,7 @@ def rollout_metrics(
   is_in_NO = rows.is_eligible(traj.outcome)
   calls = resample.count_calls(traj.tool_status)
   is_correct_NO = traj.outcome == layout.Outcome.CORRECT
-  has_spread_N = rows.has_reward_spread(traj.outcome)
+  has_spread_N = rows.has_reward_spread(traj.reward, is_in_NO)
   n_in_N = jnp.maximum(jnp.sum(is_in_NO, axis=-1), 1)
   reward_NO = jnp.where(is_in_NO, traj.reward, 0.0)
   mean_N = jnp.sum(reward_NO, axis=-1) / n_in_N

@@ -21,7 +21,10 @@ GOLDEN = json.loads(
 )
 S = layout.ToolStatus
 WRONG, CORRECT, VOID = layout.Outcome
-RANDOM_MODES = ("inverse", "uniform")
+# "none" chooses nothing.
+CHOOSING_MODES = tuple(m for m in resample.MODES if m != "none")
+# Wrong rollouts stay where there were any, and so do correct ones.
+SIGNED_MODES = tuple(m for m in CHOOSING_MODES if m != "uniform")
 penalties = jax.jit(resample.penalties)
 count_calls = jax.jit(resample.count_calls)
 quotas = jax.jit(
@@ -335,6 +338,105 @@ def test_uniform_is_blind_to_outcome_and_penalty():
   np.testing.assert_allclose(keep.mean(0), 0.5, atol=0.025)
 
 
+# The controls ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", list(GOLDEN["kept_counts[P,pos,neg]"]))
+def test_stratified_keeps_as_many_of_each_sign_as_the_authors(case):
+  sizes, minima = case.split(" min")
+  n, k = map(int, sizes.split("->"))
+  min_pos, min_neg = (max(int(m), 0) for m in minima.split("/"))
+  table = np.array(GOLDEN["kept_counts[P,pos,neg]"][case])
+  outcome = (np.arange(n) < table[:, :1]).astype(np.int8)
+  p = np.tile(np.linspace(0, 2, n, dtype=np.float32), (len(table), 1))
+  sizes = {"n_keep": k, "min_pos": min_pos, "min_neg": min_neg}
+  keep = run("stratified", outcome, p, **sizes)
+  np.testing.assert_array_equal(
+    (keep & (outcome == CORRECT)).sum(-1), table[:, 1]
+  )
+  np.testing.assert_array_equal(
+    (keep & (outcome == WRONG)).sum(-1), table[:, 2]
+  )
+
+
+# Correct and wrong rollouts drawn, G, then how many of each are kept.
+BALANCED = (
+  ((8, 8), 8, (4, 4)),
+  ((15, 1), 8, (7, 1)),
+  ((1, 15), 8, (1, 7)),
+  ((3, 13), 8, (3, 5)),
+  ((13, 3), 8, (5, 3)),
+  ((16, 0), 8, (8, 0)),
+  ((0, 16), 8, (0, 8)),
+  ((8, 8), 7, (4, 3)),
+  ((14, 2), 7, (5, 2)),
+  ((2, 14), 7, (2, 5)),
+  ((5, 3), 8, (5, 3)),
+  ((8, 8), 2, (1, 1)),
+)
+
+
+@pytest.mark.parametrize(("drawn", "n_keep", "kept"), BALANCED)
+def test_balanced_quotas_by_hand(drawn, n_keep, kept):
+  got = quotas(
+    "balanced",
+    *(jnp.array([n]) for n in drawn),
+    n_keep=n_keep,
+    min_pos=1,
+    min_neg=1,
+  )
+  assert tuple(int(n[0]) for n in got) == kept
+
+
+def test_balanced_minima_override_the_halves():
+  for minima, kept in (((6, 0), (6, 2)), ((0, 6), (2, 6))):
+    pos, neg = quotas(
+      "balanced",
+      jnp.array([8]),
+      jnp.array([8]),
+      n_keep=8,
+      min_pos=minima[0],
+      min_neg=minima[1],
+    )
+    assert (int(pos[0]), int(neg[0])) == kept
+
+
+def test_balanced_has_the_largest_variance_of_rewards_there_is():
+  """PODS: no other subset of G rewards of 0 and 1 varies more."""
+  for n_pos in range(12):
+    for n_keep in (4, 5, 8):
+      pos, _ = quotas(
+        "balanced",
+        jnp.array([n_pos]),
+        jnp.array([11 - n_pos]),
+        n_keep=n_keep,
+        min_pos=0,
+        min_neg=0,
+      )
+      possible = range(max(0, n_keep - 11 + n_pos), min(n_pos, n_keep) + 1)
+      variance = lambda k, n=n_keep: k / n * (1 - k / n)
+      assert variance(int(pos[0])) == max(map(variance, possible))
+
+
+@pytest.mark.parametrize("mode", ["stratified", "balanced"])
+def test_a_control_is_random_within_each_sign_and_blind_to_penalty(mode):
+  n_draws = 8000
+  outcome = np.tile(np.array([1, 1, 1, 1, 0, 0], np.int8), (n_draws, 1))
+  p = np.tile(np.linspace(0, 2, 6, dtype=np.float32), (n_draws, 1))
+  keep = np.asarray(run(mode, outcome, p, key=3, n_keep=3))
+  n_pos = {"stratified": 2, "balanced": 2}[mode]
+  np.testing.assert_array_equal(keep[:, :4].sum(-1), n_pos)
+  # Standard deviation of each frequency: sqrt(0.25 / 8000) = 0.0056.
+  np.testing.assert_allclose(
+    keep.mean(0), [n_pos / 4] * 4 + [0.5] * 2, atol=0.025
+  )
+  # Pairs of correct ones: 6 equally likely cells.
+  pairs = [(i, j) for i in range(4) for j in range(i)]
+  counts = np.array([(keep[:, i] & keep[:, j]).sum() for i, j in pairs])
+  # 99.9 % quantile of chi-square with 5 degrees of freedom.
+  assert chi_square(counts, np.full(6, n_draws / 6)) < 20.5
+
+
 def test_a_small_eps_approaches_sort():
   outcome = np.tile(np.array([1] * 12 + [0] * 4, np.int8), (40, 1))
   p = np.tile(np.array([0, 1] * 6 + [0] * 4, np.float32), (40, 1))
@@ -348,7 +450,7 @@ def test_a_small_eps_approaches_sort():
 # Laws for every mode -------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
+@pytest.mark.parametrize("mode", CHOOSING_MODES)
 def test_exactly_n_keep_or_dropped_and_never_void(mode):
   outcome, p, ids = groups(40, 16, seed=5, void_share=0.45)
   keep = np.asarray(run(mode, outcome, p, ids))
@@ -358,7 +460,7 @@ def test_exactly_n_keep_or_dropped_and_never_void(mode):
   assert not keep[outcome == VOID].any()
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse"])
+@pytest.mark.parametrize("mode", SIGNED_MODES)
 def test_both_signs_survive_wherever_both_were(mode):
   n_pos = np.arange(40) % 15 + 1
   outcome = (np.arange(16) < n_pos[:, None]).astype(np.int8)
@@ -370,7 +472,7 @@ def test_both_signs_survive_wherever_both_were(mode):
     assert (keep & (outcome == WRONG)).any(-1).all()
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
+@pytest.mark.parametrize("mode", CHOOSING_MODES)
 @pytest.mark.parametrize("sign", [WRONG, CORRECT])
 def test_a_group_of_one_sign_keeps_n_keep_of_it(mode, sign):
   outcome = np.full((40, 16), sign, np.int8)
@@ -378,7 +480,7 @@ def test_a_group_of_one_sign_keeps_n_keep_of_it(mode, sign):
   np.testing.assert_array_equal(keep.sum(-1), 8)
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
+@pytest.mark.parametrize("mode", CHOOSING_MODES)
 def test_permuting_rollouts_and_groups_permutes_the_result(mode):
   outcome, p, ids = groups(40, 16, seed=7, void_share=0.1)
   group_id = np.arange(100, 140, dtype=np.int32)
@@ -390,7 +492,7 @@ def test_permuting_rollouts_and_groups_permutes_the_result(mode):
   np.testing.assert_array_equal(again, shuffle(keep))
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
+@pytest.mark.parametrize("mode", CHOOSING_MODES)
 def test_padding_rollouts_and_groups_is_inert(mode):
   outcome, p, ids = groups(40, 16, seed=8)
   keep = np.asarray(run(mode, outcome, p, ids))
@@ -400,7 +502,7 @@ def test_padding_rollouts_and_groups_is_inert(mode):
   assert not padded[40:].any() and not padded[:, 16:].any()
 
 
-@pytest.mark.parametrize("mode", RANDOM_MODES)
+@pytest.mark.parametrize("mode", resample.RANDOM_MODES)
 def test_neighbours_do_not_matter_but_key_and_group_do(mode):
   outcome, p, ids = groups(40, 16, seed=9)
   ask = lambda key, group_id: np.asarray(
@@ -415,7 +517,7 @@ def test_neighbours_do_not_matter_but_key_and_group_do(mode):
   assert (ask(1, group_id) != keep).any()
 
 
-@pytest.mark.parametrize("mode", ["sort", "inverse", "uniform"])
+@pytest.mark.parametrize("mode", CHOOSING_MODES)
 def test_jit_equals_eager_and_eight_devices_equal_one(mode):
   outcome, p, ids = groups(40, 16, seed=10, void_share=0.1)
   group_id = np.arange(40, dtype=np.int32)
@@ -467,7 +569,7 @@ def test_impossible_sizes_are_one_sentence(mode, kwargs, message):
     )
 
 
-@pytest.mark.parametrize("mode", RANDOM_MODES)
+@pytest.mark.parametrize("mode", resample.RANDOM_MODES)
 def test_random_modes_need_a_key(mode):
   outcome = jnp.zeros((1, 8), jnp.int8)
   with pytest.raises(ValueError, match="pass a key"):

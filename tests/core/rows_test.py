@@ -19,17 +19,23 @@ def test_void_is_outside():
   )
 
 
-def test_spread_needs_both_signs_and_void_is_no_sign():
-  np.testing.assert_array_equal(
-    rows.has_reward_spread(OUTCOME), [True, False, False, False, False]
-  )
-
-
-def test_spread_looks_at_kept_rows_only():
+def test_spread_is_of_the_rewards_of_rows_that_are_looked_at():
+  reward = jnp.where(OUTCOME == 2, jnp.nan, OUTCOME.astype(jnp.float32))
+  spread = rows.has_reward_spread(reward, rows.is_eligible(OUTCOME))
+  np.testing.assert_array_equal(spread, [True, False, False, False, False])
   keep = jnp.array([[True, False, True, False]])
-  assert not rows.has_reward_spread(OUTCOME[:1], keep)[0]
+  assert not rows.has_reward_spread(reward[:1], keep)[0]
   is_first_pair = jnp.array([[True, True, False, False]])
-  assert rows.has_reward_spread(OUTCOME[:1], is_first_pair)[0]
+  assert rows.has_reward_spread(reward[:1], is_first_pair)[0]
+
+
+def test_spread_of_graded_rewards():
+  """Wrong rollouts with different rewards teach; equal ones do not."""
+  reward = jnp.array([[0.0, 0.3, 0.0], [0.1, 0.1, 0.1], [0.7, 0.7, 0.9]])
+  everything = jnp.ones_like(reward, bool)
+  np.testing.assert_array_equal(
+    rows.has_reward_spread(reward, everything), [True, False, True]
+  )
 
 
 def test_void_turn_rows_are_out():

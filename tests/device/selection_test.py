@@ -225,6 +225,23 @@ def test_what_row_filters_leave_out_is_outside_of_the_baseline(
   np.testing.assert_allclose(weight_O, is_left_O / 3, rtol=1e-6)
 
 
+def test_a_group_of_wrong_rollouts_with_graded_rewards_teaches(traj):
+  wrong = np.full(SHAPE, WRONG, np.int8)
+  graded = np.array([[0, 0.3, 0, 0], [0.3] * 4], np.float32)
+  got, row = select(
+    dataclasses.replace(traj, outcome=wrong, reward=graded),
+    mode="none",
+    n_kept=N_DRAWN,
+  )
+  np.testing.assert_array_equal(got.is_live_NO, [[True] * 4, [False] * 4])
+  std = np.std(graded[0], ddof=1)
+  np.testing.assert_allclose(
+    got.advantage_NO[0], (graded[0] - 0.075) / std, rtol=1e-5
+  )
+  assert row["roc/groups_dropped"] == 0.5
+  assert row["frac_reward_zero_std"] == 0.5
+
+
 def test_soft_penalty_shapes_after_the_filter(traj):
   plain, _ = select(traj)
   loss = step_lib.LossConfig(scale_by_std=False)
