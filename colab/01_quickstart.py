@@ -14,22 +14,17 @@
 # %% [markdown]
 # # Resample on correct, by eye and by hand
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/roc/blob/main/colab/01_quickstart.ipynb)
-#
 # | | |
 # |---|---|
 # | **Hardware** | two CPU cores are enough; a GPU or TPU is not needed |
 # | **Minutes** | about ten, half of them training |
 # | **You will see** | what the filter keeps, and a small model calling Python |
-#
-# (`OWNER` in the link and below stands for the account that hosts your copy of
-# the repository.)
 
 # %% [markdown]
 # ## 1. Install
 #
-# Inside a checkout this cell only finds the repository's root. On Colab it
-# fetches the repository first; if pip replaces packages that were loaded
+# Inside a checkout this cell only finds the repository's root. Elsewhere, as on
+# Colab, it fetches the repository from the address that you set; if pip replaces packages that were loaded
 # already, restart the session once and run on.
 
 # %%
@@ -38,11 +33,13 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = os.environ.get("ROC_REPOSITORY", "https://github.com/OWNER/roc")
+REPOSITORY = os.environ.get("ROC_REPOSITORY", "")  # what `git clone` takes
 root = pathlib.Path.cwd()
 if not (root / "roc").is_dir():
   root = root.parent if (root.parent / "roc").is_dir() else root / "roc-repo"
 if not root.is_dir():
+  if not REPOSITORY:
+    raise SystemExit("set REPOSITORY to the address of your copy of roc")
   subprocess.run(["git", "clone", "-q", REPOSITORY, str(root)], check=True)
   pip = [sys.executable, "-m", "pip", "install", "-q"]
   subprocess.run([*pip, "-r", str(root / "requirements.txt")], check=True)
@@ -53,8 +50,6 @@ sys.path.insert(0, str(root))
 IS_TINY = os.environ.get("ROC_TINY", "0") == "1"
 
 # %%
-import tempfile
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -115,6 +110,8 @@ for o, (calls, _, _, is_right) in enumerate(group):
 # ## 3. Which four go into the update?
 #
 # - `uniform` takes four at random;
+# - `stratified` has the quotas of `sort` and takes right ones and wrong ones at
+#   random;
 # - `sort` takes the cleanest right ones, and wrong ones as they come;
 # - `inverse` draws right ones with weight 1 / (p + eps), wrong ones at random.
 #
@@ -133,13 +130,14 @@ def keep_rates(mode, eps=0.1):
 
 rates = {
   "uniform": keep_rates("uniform"),
+  "stratified": keep_rates("stratified"),
   "inverse, eps 0.5": keep_rates("inverse", 0.5),
   "inverse, eps 0.05": keep_rates("inverse", 0.05),
   "sort": keep_rates("sort"),
 }
 
 # %%
-fig, axes = plt.subplots(1, 4, figsize=(13, 3), sharey=True)
+fig, axes = plt.subplots(1, 5, figsize=(15, 3), sharey=True)
 colours = [plots.light("green" if row[3] else "orange") for row in group]
 for ax, (name, rate) in zip(axes, rates.items(), strict=True):
   ax.bar(range(n_drawn), rate, color=colours)
@@ -151,7 +149,8 @@ fig.tight_layout()
 
 # %% [markdown]
 # `uniform` keeps every rollout half of the time, the one with three failures
-# (number 2) as gladly as the clean ones. `inverse` leans towards the clean ones,
+# (number 2) as gladly as the clean ones, and `stratified` does so among the right
+# ones. `inverse` leans towards the clean ones,
 # the more the smaller `eps` is; `sort` takes nothing else. Among the wrong ones
 # neither looks at the mess: the model still has to see all the ways to fail.
 # (5 right of 8, times 4 to keep, is 2.5: `sort` rounds to 2 right and 2 wrong,
@@ -179,7 +178,8 @@ c = quickstart.get_config("tiny" if IS_TINY else "")
 if not IS_TINY:
   c.sft.n_demos, c.sft.steps = 3000, 400
   c.train.steps, c.eval.every, c.eval.n_problems = 20, 5, 128
-runs = pathlib.Path(tempfile.mkdtemp(prefix="roc_"))
+folder = "runs/colab_quickstart" + "_tiny" * IS_TINY
+runs = pathlib.Path(os.environ.get("ROC_RUNS", folder))
 sft.run(config.resolve(c), runs / "sft")
 
 # %%
@@ -227,9 +227,9 @@ for exhibit in gallery.exhibits(runs / "rl" / "rollouts"):
 # %% [markdown]
 # ## 6. What to try next
 #
-# - `c.filter.mode = "uniform"`: the control. Does the filter do anything that
-#   throwing away half at random does not?
+# - `c.filter.mode = "stratified"`: the control. Does the filter do anything
+#   that throwing away as many of each outcome at random does not?
 # - `c.filter.eps` from 0.01 to 1 in mode `inverse`.
 # - `c.host.gin_bindings = ("mess = 0.8",)`: a messier start.
-# - `make quickstart` for the whole schedule, `make compare` for four arms over
-#   three seeds, and `docs/` for what every number means.
+# - `make quickstart` for the whole schedule, `make compare` for seven arms over
+#   five seeds, and `docs/` for what every number means.

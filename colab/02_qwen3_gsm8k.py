@@ -14,22 +14,17 @@
 # %% [markdown]
 # # Qwen3-0.6B, a Python tool and GSM8K
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/OWNER/roc/blob/main/colab/02_qwen3_gsm8k.ipynb)
-#
 # | | |
 # |---|---|
 # | **Hardware** | one accelerator with 16 GB; bfloat16 wants an L4, an A100 or a TPU |
 # | **Minutes** | not yet measured on such a machine; plan an evening for 200 steps |
 # | **You will see** | what a published model reads and writes, what the filter keeps of it, and the trained model as a folder |
-#
-# (`OWNER` in the link and below stands for the account that hosts your copy of
-# the repository.)
 
 # %% [markdown]
 # ## 1. Install
 #
-# Inside a checkout this cell only finds the repository's root. On Colab it
-# fetches the repository first; if pip replaces packages that were loaded
+# Inside a checkout this cell only finds the repository's root. Elsewhere, as on
+# Colab, it fetches the repository from the address that you set; if pip replaces packages that were loaded
 # already, restart the session once and run on.
 
 # %%
@@ -38,11 +33,13 @@ import pathlib
 import subprocess
 import sys
 
-REPOSITORY = os.environ.get("ROC_REPOSITORY", "https://github.com/OWNER/roc")
+REPOSITORY = os.environ.get("ROC_REPOSITORY", "")  # what `git clone` takes
 root = pathlib.Path.cwd()
 if not (root / "roc").is_dir():
   root = root.parent if (root.parent / "roc").is_dir() else root / "roc-repo"
 if not root.is_dir():
+  if not REPOSITORY:
+    raise SystemExit("set REPOSITORY to the address of your copy of roc")
   subprocess.run(["git", "clone", "-q", REPOSITORY, str(root)], check=True)
   pip = [sys.executable, "-m", "pip", "install", "-q"]
   subprocess.run([*pip, "-r", str(root / "requirements.txt")], check=True)
@@ -54,8 +51,6 @@ sys.path.insert(0, str(root))
 IS_TINY = os.environ.get("ROC_TINY", "0") == "1"
 
 # %%
-import tempfile
-
 import jax
 import matplotlib.pyplot as plt
 
@@ -120,7 +115,8 @@ for i, role in zip(ids, roles, strict=True):
 # goes on from the last checkpoint.
 
 # %%
-runs = pathlib.Path(tempfile.mkdtemp(prefix="roc_"))
+folder = "runs/colab_qwen3_gsm8k" + "_tiny" * IS_TINY
+runs = pathlib.Path(os.environ.get("ROC_RUNS", folder))
 train.run(cfg, runs / "rl")
 
 # %%
@@ -164,15 +160,15 @@ for exhibit in gallery.exhibits(runs / "rl" / "rollouts"):
 # engines, and here as the `config.pretrained` of the next run.
 
 # %%
-folder = runs / "model"
-print(export.export(cfg, runs / "rl", folder))
-for path in sorted(folder.iterdir()):
+model = runs / "model"
+print(export.export(cfg, runs / "rl", model))
+for path in sorted(model.iterdir()):
   print(f"{path.stat().st_size / 1024:12,.1f} KiB  {path.name}")
 
 # %% [markdown]
 # ## 6. What to try next
 #
-# - `c.filter.mode = "uniform"`: the control. Does the filter do anything that
-#   throwing away half at random does not?
+# - `c.filter.mode = "stratified"`: the control. Does the filter do anything
+#   that throwing away as many of each outcome at random does not?
 # - another set of problems: `docs/tasks.md`; another model: `docs/models.md`.
 # - `experiments/rlinf_7b.py`, the smallest published run of this algorithm.

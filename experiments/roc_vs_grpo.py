@@ -3,14 +3,14 @@
 Claim: with equal updates, resample on correct lowers the share of failing
 calls in correct rollouts below that of plain GRPO (the ablation of GRPO-RoC,
 arXiv 2508.20722, Fig. 9, has `grpo` and RoC alone). The other arms are controls
-that the paper lacks; `stratified` differs from RoC in nothing but its preference
-for clean correct rollouts.
+that the paper lacks; `stratified` differs from RoC in nothing but its
+preference for clean correct rollouts.
 
   grpo         G drawn, G kept
   grpo_2g      2G drawn, 2G kept: an update sees twice the rows
   uniform      2G drawn, G kept at random, blind to outcome
-  stratified   2G drawn, RoC's quotas of correct and wrong, at random within each
-  balanced     2G drawn, half correct and half wrong (PODS), at random within each
+  stratified   2G drawn, RoC's quotas, at random among correct and among wrong
+  balanced     2G drawn, half correct, half wrong (PODS), at random within each
   roc_sort     2G drawn, the authors' released rule
   roc_inverse  2G drawn, the paper's rule
 

@@ -55,8 +55,8 @@ class Alias:
   about: str
 
 
-def define_flags() -> flags.FlagValues:
-  """Returns the flags that every command has."""
+def define_flags(is_run: bool = False) -> flags.FlagValues:
+  """Returns the flags that every command has, and those of a run's program."""
   values = flags.FlagValues()
   flags.DEFINE_string(
     "workdir",
@@ -64,12 +64,13 @@ def define_flags() -> flags.FlagValues:
     "directory of the run: its record, checkpoints, metrics and traces",
     flag_values=values,
   )
-  flags.DEFINE_bool(
-    "allow_config_change",
-    False,
-    "go on in a workdir that another configuration was started in",
-    flag_values=values,
-  )
+  if is_run:
+    flags.DEFINE_bool(
+      "allow_config_change",
+      False,
+      "go on in a workdir that another configuration was started in",
+      flag_values=values,
+    )
   flags.DEFINE_bool(
     "dry_run",
     False,
@@ -84,6 +85,8 @@ def parse(
   argv: list[str],
   source: Source,
   aliases: Sequence[Alias] = (),
+  *,
+  is_run: bool = False,
 ) -> tuple[flags.FlagValues, "config_lib.Config | None"]:
   """Reads the flags of a command.
 
@@ -92,6 +95,7 @@ def parse(
     argv: what follows it.
     source: what --config means to it.
     aliases: its short flags.
+    is_run: its workdir is the run of one configuration.
 
   Returns:
     The flags, and the configuration unless the command has none.
@@ -102,7 +106,7 @@ def parse(
   spec, argv = _take_config_path(argv)
   for alias in aliases:
     argv = _spell_out(argv, alias)
-  values = define_flags()
+  values = define_flags(is_run)
   overrides = [arg for arg in argv if re.match(r"--?(no)?config\.", arg)]
   if source == "none":
     if spec or overrides:
@@ -122,7 +126,7 @@ def parse(
     config = _load_experiment(spec)
   elif source == "saved":
     # The workdir is a flag too, and its configuration comes before overrides.
-    first = define_flags()
+    first = define_flags(is_run)
     plain = [arg for arg in argv if not re.match(r"--?(no)?config\.", arg)]
     _parse_flags(first, plain, known)
     config = _load_saved(first.workdir)

@@ -222,13 +222,22 @@ def fate(found: Found, mode: str, i: int) -> dict[str, Any]:
     "p_format": p_format,
     "p_total": p_total,
     "why": traces.reason(
+      mode,
       layout.Outcome(r.outcome[i]),
       p_total,
+      worst_kept=None if is_kept else _worst_kept(found, mode, r.group[i]),
       is_chosen=is_kept,
       is_live=is_kept,
       has_group=is_kept or bool(found.n_of_group(mode)[r.group[i]]),
     ),
   }
+
+
+def _worst_kept(found: Found, mode: str, group: int) -> float | None:
+  """The largest penalty among the correct rollouts kept of a group."""
+  is_kept = found.keep[mode] & found.has_sign(layout.Outcome.CORRECT)
+  p_total = found.penalties.p_total[is_kept & (found.rollouts.group == group)]
+  return float(p_total.max()) if p_total.size else None
 
 
 def group_rows(found: Found, group: int) -> list[dict[str, Any]]:
@@ -265,7 +274,7 @@ def group_text(rows: Sequence[Mapping[str, Any]]) -> str:
     f" {outcomes.count('correct')} correct, {outcomes.count('wrong')} wrong"
   ]
   if not {"correct", "wrong"} <= set(outcomes):
-    lines[0] += "; of one outcome, so training leaves the group out"
+    lines[0] += "; of one outcome: with equal rewards nothing to learn from"
   head = "rollout  outcome  failed  answers  turns  p_err  p_format     p"
   lines += ["", "  ".join([head, *(f"{mode:<7}" for mode in modes)]).rstrip()]
   for i, row in enumerate(rows[:n]):

@@ -37,6 +37,7 @@ class Command:
   config: cli.Source | Literal["own"] = "needed"  # own: it reads its flags
   module: str = ""  # of roc, with the program; by default the command's name
   aliases: tuple[cli.Alias, ...] = ()
+  is_run: bool = False  # makes the workdir the run of one configuration
   goes_on: bool = True  # where it was stopped, if it is given again
 
 
@@ -47,6 +48,7 @@ COMMANDS = {
     " scripted demonstrations through the real sandbox and trains on those."
     " Start it again to go on from the last checkpoint.",
     "sft --config=experiments/quickstart.py --workdir=runs/quickstart/sft",
+    is_run=True,
   ),
   "train": Command(
     "reinforcement learning with resample on correct",
@@ -54,6 +56,7 @@ COMMANDS = {
     " updates the policy. Start it again to go on from the last checkpoint.",
     "train --config=experiments/quickstart.py --workdir=runs/quickstart"
     " --config.init_from=runs/quickstart/sft",
+    is_run=True,
     aliases=(
       cli.Alias(
         "replay",
@@ -216,7 +219,9 @@ def _dispatch(argv: list[str]) -> int:
   if any(arg in ("--help", "-h", "--helpfull") for arg in rest):
     print(_help(name, command))
     return 0
-  values, config = cli.parse(name, rest, command.config, command.aliases)
+  values, config = cli.parse(
+    name, rest, command.config, command.aliases, is_run=command.is_run
+  )
   if values.dry_run:
     print(_dry_run(config, name), end="")
     return 0
@@ -249,7 +254,7 @@ def _run(
     from roc import build
 
     build.use_compilation_cache()
-  if values.allow_config_change and command.config == "needed":
+  if command.is_run and values.allow_config_change:
     from roc import places, runlog
 
     runlog.forget_config(workdir)
@@ -343,7 +348,7 @@ def _help(name: str, command: Command) -> str:
     shown = {}
   for alias in command.aliases:
     shown[f"--{alias.flag}={alias.value}"] = alias.about
-  values = cli.define_flags()
+  values = cli.define_flags(command.is_run)
   for flag in sorted(values):
     if command.config == "none" and flag != "workdir":
       continue

@@ -83,10 +83,11 @@ class Progress:
     Args:
       step: how many of `total` are done.
       metrics: a row as it goes to `runlog.MetricsLog`; some of it is shown, and
-        the growth of `tokens_sampled` gives the tokens per second.
+        the growth of `tokens_sampled`, or of `tokens_trained` in supervised
+        training, gives the tokens per second.
     """
     metrics = metrics or {}
-    tokens = metrics.get("tokens_sampled")
+    tokens = metrics.get("tokens_sampled", metrics.get("tokens_trained"))
     if step > self._step:
       self._marks.append((time.monotonic(), step, tokens))
       self._step = step

@@ -127,6 +127,7 @@ def write(
       targets=targets,
       table=table,
       panels=curves.draw(rows),
+      is_supervised=_is_supervised(rows),
       exhibits=gallery.exhibits(workdir / "rollouts"),
     )
   )
@@ -251,7 +252,9 @@ def describe(rows: Sequence[curves.Row], config: Mapping[str, Any]) -> str:
   """Says in one line what the run was, as far as the workdir tells."""
   parts = []
   section = config.get("filter")
-  if isinstance(section, Mapping) and "mode" in section:
+  if _is_supervised(rows):
+    parts.append("supervised training")
+  elif isinstance(section, Mapping) and "mode" in section:
     drawn, kept = section.get("n_drawn"), section.get("n_kept")
     parts.append(f"filter {section['mode']}, {drawn} drawn, {kept} kept")
   last = rows[-1]
@@ -259,6 +262,7 @@ def describe(rows: Sequence[curves.Row], config: Mapping[str, Any]) -> str:
   for name, words in (
     ("rollouts_drawn", "rollouts drawn"),
     ("tokens_sampled", "tokens sampled"),
+    ("tokens_trained", "tokens, padding included"),
   ):
     _, values = curves.series(rows, name)
     if values:
@@ -266,6 +270,11 @@ def describe(rows: Sequence[curves.Row], config: Mapping[str, Any]) -> str:
   if "seed" in config:
     parts.append(f"seed {config['seed']}")
   return " · ".join(parts)
+
+
+def _is_supervised(rows: Sequence[curves.Row]) -> bool:
+  """Whether metrics are those of `sft`: nothing was drawn, nothing filtered."""
+  return any("tokens_trained" in row for row in rows)
 
 
 def _moment(step: int, is_last: bool) -> str:

@@ -80,7 +80,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
         batch["weight_BT"] = weights_of(batch["roles_BT"])
         state, stats = learner.update(state, batch)
         n_tokens += batch["tokens_BT"].size
-        row = metrics.finalize(stats) | {"tokens_sampled": n_tokens}
+        row = metrics.finalize(stats) | {"tokens_trained": n_tokens}
         if apart is not None and _is_measured(cfg, step):
           row |= apart.run(learner.params(state.params))
         log.write(step, row)

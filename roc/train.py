@@ -194,6 +194,7 @@ class Trainer:
     )
     traces.annotate(
       groups,
+      mode=self.cfg.filter.mode,
       keep_NO=np.asarray(selected.keep_NO),
       is_live_NO=np.asarray(selected.is_live_NO),
       advantage_NO=np.asarray(selected.advantage_NO),

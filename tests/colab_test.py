@@ -56,7 +56,7 @@ def test_notebook_runs_from_top_to_bottom(script, tmp_path):
     "ROC_TINY": "1",
     "MPLBACKEND": "Agg",
     "JAX_PLATFORMS": "cpu",
-    "TMPDIR": str(tmp_path),
+    "ROC_RUNS": str(tmp_path / "runs"),
   }
   done = subprocess.run(
     [sys.executable, str(script)],

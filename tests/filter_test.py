@@ -231,7 +231,7 @@ def test_for_people(tmp_path, capsys):
   assert code == 0 and "3 groups, 9 rollouts, 10 tool calls" in out
   assert all(mode in out for mode in resample.MODES)
   code, out, _ = run(capsys, path, "--group=b")
-  assert "of one outcome, so training leaves the group out" in out
+  assert "of one outcome: with equal rewards nothing to learn from" in out
   code, out, _ = run(capsys, path, "--group=a", "--all")
   assert code == 0 and "uniform" in out
 

@@ -65,6 +65,14 @@ def test_each_command_has_help_with_an_example(name, capsys):
   out = capsys.readouterr().out
   assert f"python -m roc.main {name} --" in out
   assert "--workdir=DIRECTORY" in out
+  # Listed where it does something, and refused elsewhere.
+  assert ("--allow_config_change" in out) == (name in ("sft", "train"))
+
+
+def test_allow_config_change_is_refused_where_it_does_nothing(capsys):
+  flags = ["--config=experiments/quickstart.py", "--allow_config_change"]
+  said = fails(capsys, "compare", *flags)
+  assert "no flag --allow_config_change" in said
 
 
 @pytest.mark.parametrize("name", COMMANDS)

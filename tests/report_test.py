@@ -33,12 +33,26 @@ def test_report_is_written_and_printed(tmp_path, capsys):
   assert printed.rstrip().endswith("report.html")
   page = (tmp_path / "report.html").read_text()
   assert "filter sort, 16 drawn, 8 kept · 20 steps" in page
-  assert "5,120 rollouts drawn · seed 3" in page
+  assert "5,120 rollouts drawn · 256,000 tokens sampled · seed 3" in page
   assert "Held-out accuracy" in page
   assert "57.0 % (47–66)" in page
   assert page.count("<details") == 1
   assert "://" not in page.replace("http://www.w3.org/", "")
   assert not (tmp_path / "report.html.part").exists()
+
+
+def test_the_report_of_supervised_training_speaks_of_no_filter(tmp_path):
+  rows = [{"step": s, "loss": 1 / s, "tokens_trained": 99 * s} for s in (1, 2)]
+  text = "".join(json.dumps(row) + "\n" for row in rows)
+  (tmp_path / "metrics.jsonl").write_text(text)
+  config = {"seed": 3, "filter": {"mode": "sort", "n_drawn": 16, "n_kept": 8}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  report.run(None, tmp_path)
+  page = (tmp_path / "report.html").read_text()
+  subtitle = "supervised training · 2 steps · 198 tokens, padding included"
+  assert f"{subtitle} · seed 3" in page
+  for word in ("filter", "sampled", "rollout", "advantage"):
+    assert word not in page.split("</style>")[1], word
 
 
 def test_what_a_model_or_tool_wrote_is_escaped(tmp_path):

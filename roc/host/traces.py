@@ -30,6 +30,7 @@ def is_evaluation(path: pathlib.Path) -> bool:
 def annotate(
   groups: Sequence[Sequence[episode_lib.Episode]],
   *,
+  mode: str,
   keep_NO: np.ndarray,
   is_live_NO: np.ndarray,
   advantage_NO: np.ndarray,
@@ -40,6 +41,7 @@ def annotate(
 
   Args:
     groups: N groups; an episode's column is its rollout id.
+    mode: of the resampler (`core.resample`).
     keep_NO: bool, chosen by the resampler.
     is_live_NO: bool, kept and in the loss.
     advantage_NO: float.
@@ -47,25 +49,43 @@ def annotate(
     p_format_NO: float, format penalty.
   """
   for n, group in enumerate(groups):
-    for e in group:
+    p_total_O = [_penalty(p_err_NO, p_format_NO, n, e) for e in group]
+    chosen = [bool(keep_NO[n, e.rollout_id]) for e in group]
+    worst_kept = max(
+      (
+        p
+        for p, e, is_chosen in zip(p_total_O, group, chosen, strict=True)
+        if is_chosen and e.outcome == layout.Outcome.CORRECT
+      ),
+      default=None,
+    )
+    for e, p_total, is_chosen in zip(group, p_total_O, chosen, strict=True):
       at = n, e.rollout_id
       e.kept = bool(is_live_NO[at])
       e.advantage = float(advantage_NO[at])
       e.p_err, e.p_format = float(p_err_NO[at]), float(p_format_NO[at])
-      e.p_total = e.p_err + e.p_format
+      e.p_total = p_total
       e.why = reason(
+        mode,
         e.outcome,
-        e.p_total,
-        is_chosen=bool(keep_NO[at]),
+        p_total,
+        worst_kept=worst_kept,
+        is_chosen=is_chosen,
         is_live=e.kept,
-        has_group=bool(keep_NO[n].any()),
+        has_group=any(chosen),
       )
 
 
+def _penalty(p_err_NO, p_format_NO, n: int, e: episode_lib.Episode) -> float:
+  return float(p_err_NO[n, e.rollout_id]) + float(p_format_NO[n, e.rollout_id])
+
+
 def reason(
+  mode: str,
   outcome: layout.Outcome,
   p_total: float,
   *,
+  worst_kept: float | None,
   is_chosen: bool,
   is_live: bool,
   has_group: bool,
@@ -73,8 +93,11 @@ def reason(
   """Says why a rollout is kept or dropped.
 
   Args:
+    mode: of the resampler.
     outcome: of the rollout.
     p_total: its penalty.
+    worst_kept: the largest penalty among the correct rollouts of its group that
+      were chosen; None if none was.
     is_chosen: the resampler chose it.
     is_live: and no row filter left it out.
     has_group: the resampler chose something of its group.
@@ -92,9 +115,22 @@ def reason(
     return f"kept: {what}"
   if is_chosen:
     return f"dropped: {what}, but a row filter left it out"
-  if is_correct:
-    return f"dropped: {what}, others were cleaner or were drawn"
-  return "dropped: wrong, not in the sample of wrong ones"
+  why = _why_not_chosen(mode, p_total, is_correct, worst_kept)
+  return f"dropped: {what}, {why}"
+
+
+def _why_not_chosen(
+  mode: str, p_total: float, is_correct: bool, worst_kept: float | None
+) -> str:
+  if mode != "sort":
+    return "not drawn"
+  if not is_correct:
+    return "enough wrong ones have smaller ids"
+  if worst_kept is None:
+    return "the group keeps no correct one"
+  if p_total > worst_kept:
+    return "enough correct ones are cleaner"
+  return "enough others as clean have smaller ids"
 
 
 def write(
