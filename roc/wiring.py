@@ -215,6 +215,7 @@ def build_host(
   gin_text = read_gin(gin_files, gin_bindings)
   with _one_sentence("gin"):
     built = gin.get_configurable("host")(seed=seed, pretrained=pretrained)
+  _check_used(gin_files, gin_bindings)
   return dataclasses.replace(built, gin_text=gin_text)
 
 
@@ -305,6 +306,92 @@ def _check_types() -> None:
       raise errors.UserError(
         f"gin binding {name}.{key} must be {wanted}, got {value!r}"
       )
+
+
+def _check_used(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> None:
+  """Refuses a binding that nothing of what was built takes.
+
+  Bindings of a file may be left over where one of the command line puts another
+  part in place of the file's.
+
+  Raises:
+    errors.UserError: names the first such binding and the nearest that is used.
+  """
+  used = _used()
+  unused = [key for key in _bound() if not _is_used(key, used)]
+  if not unused:
+    return
+  replaces = any(re.search(r"=\s*[^'\"#]*@", text) for text in gin_bindings)
+  if replaces and gin_files:
+    read_gin(gin_files)
+    of_files = set(_bound())
+    read_gin(gin_files, gin_bindings)
+    unused = [key for key in unused if key not in of_files]
+  for scope, selector, parameter in unused:
+    if selector == _MACRO:
+      known = {s for s, other in used if other == _MACRO}
+      raise errors.UserError(
+        f"gin binding {scope}: nothing uses the macro"
+        f" %{scope}{errors.closest(scope, known)}"
+      )
+    name = selector.rpartition(".")[2]
+    shown = f"{scope}/{name}" if scope else name
+    raise errors.UserError(
+      f"gin binding {shown}.{parameter}: nothing in this run takes"
+      f" it{_nearest(scope, selector, used)}"
+    )
+
+
+_MACRO = "gin.macro"
+_Key = tuple[str, str, str]  # scope, configurable, parameter
+
+
+def _bound() -> list[_Key]:
+  return [
+    (scope, selector, parameter)
+    for (scope, selector), parameters in gin.config._CONFIG.items()
+    for parameter in parameters
+  ]
+
+
+def _used() -> set[tuple[str, str]]:
+  """Scopes and names of what was built, and of what that refers to."""
+  used = set(gin.config._OPERATIVE_CONFIG)
+  size = -1
+  while len(used) > size:
+    size = len(used)
+    for (scope, selector), parameters in gin.config._CONFIG.items():
+      if _is_used((scope, selector, ""), used):
+        for reference in gin.config.iterate_references(parameters):
+          used.add(reference.config_key)
+  return used
+
+
+def _is_used(key: _Key, used: set[tuple[str, str]]) -> bool:
+  scope, selector, _ = key
+  return any(
+    other == selector and f"{inner}/".startswith(f"{scope}/" if scope else "")
+    for inner, other in used
+  )
+
+
+def _nearest(scope: str, selector: str, used: set[tuple[str, str]]) -> str:
+  """Says what is built instead of a part that is not."""
+  name = selector.rpartition(".")[2]
+  scopes = sorted({s for s, other in used if other == selector})
+  if scopes:
+    near = errors.closest(scope, scopes)
+    return near or f"; it builds {', '.join(f'{s}/{name}' for s in scopes)}"
+  found: Any = gin.config._REGISTRY.get_match(selector)
+  bound = found.wrapped
+  names = []
+  for other in sorted({other for _, other in used} - {_MACRO}):
+    names.append(other.rpartition(".")[2])
+    built = _part(other)
+    both = inspect.isclass(built) and inspect.isclass(bound)
+    if both and issubclass(built, bound):
+      return f"; bind {names[-1]}, the subclass of it that is built"
+  return errors.closest(name, names) or f"; it builds {', '.join(names)}"
 
 
 def _bound_literals() -> Iterator[tuple[str, str, inspect.Parameter, Any]]:

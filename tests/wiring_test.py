@@ -70,7 +70,7 @@ def test_an_earlier_build_keeps_its_bindings():
 
 def test_the_scorer_is_chosen_in_gin():
   host = build("host.score = @math_score", "math_score.cpu_s = 7.5")
-  build("math_score.cpu_s = 1.5")
+  build("host.score = @math_score", "math_score.cpu_s = 1.5")
   assert host.make_score.func.__name__ == "math_score"
   assert host.make_score.keywords == {
     "cpu_s": 7.5,
@@ -113,6 +113,16 @@ def test_the_runs_seed_orders_training_and_not_evaluation():
     ("host.score = @maths_score", r"did you mean math_score\?"),
     ("ArithmeticTask.seed = 3", "denylisted kwarg 'seed'"),
     ("host.train_task = @FileTask", "missing 1 required .* 'path'"),
+    ("mees = 0.9", r"binding mees: nothing uses the macro %mees$"),
+    (
+      "evl/ArithmeticTask.split = 'train'",
+      "evl/ArithmeticTask.split: nothing in this run takes it; it builds",
+    ),
+    ("TemplateChat.template = 'x'", "it; it builds .*ChatFormat"),
+    (
+      "math_score.cpu_s = 3.0",
+      "math_score.cpu_s: nothing in this run takes it",
+    ),
     ("half a statement", "`half a statement`: Couldn't parse"),
     ("import no_such_module", "No module named 'no_such_module'"),
   ],
@@ -121,6 +131,44 @@ def test_mistakes_are_one_sentence(binding, text):
   with pytest.raises(errors.UserError, match=text) as e:
     build(binding)
   assert "\n" not in str(e.value)
+
+
+def test_a_binding_that_nothing_takes_names_the_nearest():
+  with pytest.raises(errors.UserError, match=r"%mees \(did you mean mess\?\)"):
+    build("mees = 0.9", files=[ARITHMETIC])
+  with pytest.raises(errors.UserError, match=r"did you mean eval\?"):
+    build("evl/ArithmeticTask.split = 'heldout'", files=[ARITHMETIC])
+
+
+def test_bindings_that_are_taken_late_or_through_others():
+  build("Toolbox.tool_name = %name", "name = 'c'")
+  build("host.score = @math_score", "math_score.cpu_s = %cpu", "cpu = 3.0")
+  build("host.score = @strict/math_score", "strict/math_score.cpu_s = 3.0")
+  build("ArithmeticTask.split = 'heldout'", files=[ARITHMETIC])
+
+
+def test_a_part_put_in_place_of_a_files_own_leaves_the_files_bindings_over(
+  tmp_path,
+):
+  path = tmp_path / "mine.gin"
+  path.write_text("host.score = @math_score\nmath_score.cpu_s = 3.0\n")
+  build(files=[str(path)])
+  build("host.score = @exact_score", files=[str(path)])
+  path.write_text("math_score.cpu_s = 3.0\n")
+  with pytest.raises(errors.UserError, match="math_score.cpu_s"):
+    build(files=[str(path)])
+
+
+def test_a_subclass_has_bindings_of_its_own(tmp_path, monkeypatch):
+  (tmp_path / "my_own_task.py").write_text(
+    "import gin\nfrom roc.host.tasks import arithmetic\n"
+    "@gin.register\nclass OwnTask(arithmetic.ArithmeticTask):\n  pass\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  own = ("import my_own_task", "host.train_task = @OwnTask")
+  assert build(*own, "OwnTask.split = 'heldout'").train_task.split == "heldout"
+  with pytest.raises(errors.UserError, match="bind OwnTask, the subclass"):
+    build(*own, "host.eval_task = @OwnTask", "ArithmeticTask.split = 'heldout'")
 
 
 def test_a_missing_task_file_is_named(tmp_path):
