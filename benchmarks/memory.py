@@ -160,6 +160,7 @@ class Run:
         self.learner.abstract_state,
         self.learner.abstract_base,
         batch,
+        self.shape(dtype=jnp.float32),
       ),
       "drawing": (engine.draw, self.weights, self.pool, slots, self.shape()),
       "feeding": (

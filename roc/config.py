@@ -48,7 +48,7 @@ class MeshConfig:
 class TrainConfig:
   """Reinforcement learning: schedule, batch and optimizer."""
 
-  steps: int = 60  # updates of the policy
+  steps: int = 60  # batches of rollouts, which schedules count too
   prompts: int = 16  # problems per step
   lr: float = 1e-4  # peak learning rate
   warmup: int = 5  # steps of linear warm-up
@@ -60,8 +60,8 @@ class TrainConfig:
   minibatches: int = 1  # optimizer steps per batch of rollouts
   microbatch_rows: int = 0  # rows per gradient accumulation; 0: all at once
   buckets: tuple[int, ...] = (96, 128, 192, 256)  # padded lengths of a batch
-  # Go on with the moments and the count of init_from's optimizer, so that there
-  # is no second warm-up.
+  # Go on with the moments of init_from's optimizer; the learning rate follows
+  # this run's own schedule, warm-up included.
   keep_optimizer: bool = False
   replay: str = ""  # directory of saved rollouts to train on; empty: draw them
 

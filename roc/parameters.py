@@ -20,46 +20,66 @@ from roc.device import step as step_lib
 
 
 def first_state(
-  cfg: config_lib.Config, learner: learner_lib.Learner
+  cfg: config_lib.Config,
+  learner: learner_lib.Learner,
+  *,
+  keep_optimizer: bool = False,
 ) -> step_lib.TrainState:
   """Parameters of `init_from` or `pretrained`, or fresh ones; fresh optimizer.
+
+  Args:
+    cfg: of the run.
+    learner: of the run.
+    keep_optimizer: take over the optimizer of the run in `init_from`.
 
   Raises:
     errors.UserError: they cannot be had, or are another model's.
   """
   key = jax.random.key(cfg.seed)
+  opt_state = _optimizer_of(cfg.init_from, learner) if keep_optimizer else None
   if _is_fresh(cfg):
     return learner.init(key)
-  return learner.start_from(
-    first_params(cfg, learner.policy, learner.mesh), key
-  )
+  params = first_params(cfg, learner.policy, learner.mesh)
+  return learner.start_from(params, key, opt_state)
 
 
 def go_on(
   cfg: config_lib.Config,
-  first: step_lib.TrainState,
-  restored: checkpoint.Restored | None,
+  learner: learner_lib.Learner,
+  restored: checkpoint.Restored,
 ) -> step_lib.TrainState:
-  """The state that a run goes on from: its checkpoint's, or the first.
+  """The state of a run's checkpoint; no other one is built beside it.
+
+  A run of adapters gets its base, which no checkpoint has.
 
   Raises:
     errors.UserError: the checkpoint has adapters for another base.
   """
-  if restored is None:
-    return first
-  _check_base(cfg, f"step {restored.step}", first.base, restored.state.base)
+  if learner.policy.lora.rank:
+    _, seal_2 = first_trained(cfg, learner)
+    saved_2 = restored.state.base
+    _check_base(cfg, f"step {restored.step}", seal_2, saved_2)
   return restored.state
 
 
-def with_optimizer_of(
-  source: str, state: step_lib.TrainState, learner: learner_lib.Learner
-) -> step_lib.TrainState:
-  """`state` with the optimizer's state of another run, its count included.
+def first_trained(
+  cfg: config_lib.Config, learner: learner_lib.Learner
+) -> tuple[Any, jax.Array | None]:
+  """What a run trains, as it was before its first step; see `Learner.take`.
+
+  Raises:
+    errors.UserError: it cannot be had, or is another model's.
+  """
+  params = first_params(cfg, learner.policy, learner.mesh)
+  return learner.take(params, jax.random.key(cfg.seed))
+
+
+def _optimizer_of(source: str, learner: learner_lib.Learner) -> Any:
+  """The optimizer's state of another run, for `learner`.
 
   Args:
     source: `config.init_from`.
-    state: whose parameters are those of `source`.
-    learner: of `state`.
+    learner: of the run that starts.
 
   Raises:
     errors.UserError: `source` is no run, or has another optimizer or other
@@ -79,7 +99,7 @@ def with_optimizer_of(
   abstract = {"opt_state": learner.abstract_state.opt_state}
   found, *_ = _restore(source, abstract, None)
   build.say(f"optimizer of {source}")
-  return dataclasses.replace(state, opt_state=found["opt_state"])
+  return found["opt_state"]
 
 
 def first_params(

@@ -10,7 +10,7 @@ import pathlib
 import jax
 import numpy as np
 
-from roc import build, heldout, lessons, parameters, pretrained, runlog
+from roc import build, heldout, lessons, parameters, pretrained, runlog, updates
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
@@ -51,8 +51,10 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       return
     found = lessons.read(cfg, host, workdir, claim)
     rows = pack.pack_sft(found.learnt, cfg.sft.length)
-    state = parameters.go_on(
-      cfg, parameters.first_state(cfg, learner), restored
+    state = (
+      parameters.go_on(cfg, learner, restored)
+      if restored
+      else parameters.first_state(cfg, learner)
     )
 
     apart = None
@@ -61,6 +63,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
 
     # ------------------------------------------------------------- loop
     weights_of = jax.jit(step_lib.sft_weights)
+    rate_of = optim.learning_rate(cfg.sft)
     with (
       runlog.MetricsLog(
         workdir,
@@ -78,9 +81,12 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
         index_B = _row_order(cfg, len(rows["tokens_BT"]), step)
         batch = learner.place({k: v[index_B] for k, v in rows.items()})
         batch["weight_BT"] = weights_of(batch["roles_BT"])
-        state, stats = learner.update(state, batch)
+        rate = np.asarray(rate_of(step - 1), np.float32)
+        state, stats = learner.update(state, batch, rate)
         n_tokens += batch["tokens_BT"].size
-        row = metrics.finalize(stats) | {"tokens_trained": n_tokens}
+        row = metrics.finalize(stats)
+        row |= {"lr": float(rate), "tokens_trained": n_tokens}
+        updates.check_finite(row, step, checkpoints, "sft")
         if apart is not None and _is_measured(cfg, step):
           row |= apart.run(learner.params(state.params))
         log.write(step, row)

@@ -29,13 +29,14 @@ from roc import (
   replay,
   rollout,
   runlog,
+  updates,
   wiring,
 )
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics, resample
 from roc.core import trajectories as trajectories_lib
-from roc.device import checkpoint, optim, selection
+from roc.device import checkpoint, selection
 from roc.device import learner as learner_lib
 from roc.device import step as step_lib
 from roc.host import episode as episode_lib
@@ -93,21 +94,7 @@ class Trainer:
         max_tokens=cfg.sampling.max_tokens,
       )
     )
-    self._score = jax.jit(
-      lambda params, batch: step_lib.score(
-        policy,
-        params,
-        batch,
-        chunk=cfg.loss.logprob_chunk,
-        temperature=cfg.sampling.temperature,
-      )[0]
-    )
-    self._reference: Any = None  # what was trained first, for a KL term
-
-  def set_reference(self, first: step_lib.TrainState) -> None:
-    """Keeps a copy of the first policy if the loss has a KL term."""
-    if self.cfg.loss.kl_coef:
-      self._reference = jax.tree.map(jnp.copy, first.params)
+    self.updates = updates.Updates(cfg, policy, learner)
 
   def params(self, state: step_lib.TrainState) -> Any:
     """The policy's parameters."""
@@ -135,10 +122,8 @@ class Trainer:
     row = metrics.finalize(selected.metrics)
     updating = time.perf_counter()
     bar.phase("update")
-    state, stats = self._update(state, selected.batch)
-    row |= metrics.finalize(stats)
-    last_rate = optim.learning_rate(self.cfg.train)(int(state.step) - 1)
-    row["lr"] = np.asarray(last_rate).item()
+    state, made = self.updates(state, selected.batch, step)
+    row |= made
     ended = time.perf_counter()
     row |= {
       "time/generate": timing.generate,
@@ -203,28 +188,6 @@ class Trainer:
     )
     return selected
 
-  def _update(self, state: step_lib.TrainState, batch: step_lib.Batch):
-    """One update for each minibatch; groups stay whole."""
-    c = self.cfg
-    batch = self._learner.place(batch)
-    if c.loss.old_logprobs == "recompute":
-      batch["logp_old_BT"] = self._score(self.params(state), batch)
-    if self._reference is not None:
-      reference = self._learner.params(self._reference)
-      batch["logp_ref_BT"] = self._score(reference, batch)
-    M = c.train.minibatches
-    n_rows = c.train.prompts * c.filter.n_kept // M
-    parts = [
-      batch if M == 1 else _minibatch(batch, i * n_rows, n_rows, M)
-      for i in range(M)
-    ]
-    state, total = self._learner.update(state, parts[0])
-    for part in parts[1:]:
-      state, stats = self._learner.update(state, part)
-      total = metrics.add(total, stats)
-    jax.block_until_ready(state.params)
-    return state, total
-
   def _count(self, groups) -> dict[str, float]:
     episodes = [e for g in groups for e in g]
     self.cursor.next_problem += len(groups)
@@ -255,27 +218,6 @@ def _report_broken(params: Any, step: int, n_broken: int, n_all: int) -> None:
   build.say(f"{what}; they are left out of their groups")
 
 
-def _minibatch(
-  batch: step_lib.Batch, start: int, n_rows: int, n_minibatches: int
-) -> step_lib.Batch:
-  """Some rows of a batch, their weights scaled to sum as the whole's did."""
-  part = {k: v[start : start + n_rows] for k, v in batch.items()}
-  part["weight_BT"] = part["weight_BT"] * n_minibatches
-  return part
-
-
-def make_learner(cfg: config_lib.Config, policy: Any) -> learner_lib.Learner:
-  """The jitted update of `cfg.loss` with `cfg.train`'s optimizer."""
-  n_rows = cfg.train.prompts * cfg.filter.n_kept // cfg.train.minibatches
-  return learner_lib.Learner(
-    policy,
-    optim.make_optimizer(cfg.train),
-    step_lib.grpo_loss(policy, cfg.loss, cfg.sampling.temperature),
-    build.make_mesh(cfg),
-    n_microbatches=n_rows // (cfg.train.microbatch_rows or n_rows),
-  )
-
-
 def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
   """The rollouts of `cfg.train.replay`, checked, and a line about them.
 
@@ -303,7 +245,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   # ------------------------------------------------------------- parts
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
-  learner = make_learner(cfg, policy)
+  learner = updates.make_learner(cfg, policy)
   saved = read_replay(cfg, policy) if cfg.train.replay else None
   claim = build.claim(
     cfg, host, workdir, "train", data={} if saved is None else saved.identity
@@ -323,15 +265,21 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     if start >= cfg.train.steps:
       build.say(f"{workdir}: all {start} steps are done")
       return
-    first = parameters.first_state(cfg, learner)
-    trainer.set_reference(first)
-    state = parameters.go_on(cfg, first, restored)
-    if cfg.train.keep_optimizer and not restored:
-      state = parameters.with_optimizer_of(cfg.init_from, state, learner)
-    del first  # where there is a checkpoint, nobody needs it any more
     if restored:
+      state = parameters.go_on(cfg, learner, restored)
       trainer.cursor = Cursor(**restored.extra["cursor"])
       build.say(f"going on after step {start}")
+    else:
+      state = parameters.first_state(
+        cfg, learner, keep_optimizer=cfg.train.keep_optimizer
+      )
+    if cfg.loss.kl_coef:
+      first = (
+        parameters.first_trained(cfg, learner)[0]
+        if restored
+        else jax.tree.map(jnp.copy, state.params)
+      )
+      trainer.updates.set_reference(first)
 
     _loop(trainer, workdir, checkpoints, state, start, host.tokenizer)
     build.say(curves.time_split(curves.read(workdir / runlog.METRICS)))
@@ -371,6 +319,7 @@ def _loop(
       is_last = step == n_steps
       if is_last or _is_due(step, cfg.log.traces_every, first=1):
         traces.write(traces.path_of(workdir, step), groups, tokenizer)
+      updates.check_finite(row, step, checkpoints, "train")
       if is_last or _is_due(step, cfg.eval.every):
         bar.phase("evaluation")
         row |= evaluated(state, step)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from roc import build, config, runlog, train
+from roc import build, config, runlog, updates
 from roc.device import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -158,7 +158,7 @@ def state_of(workdir):
   """Arrays and cursor of the newest checkpoint."""
   cfg = config.from_json((workdir / "config.json").read_text())
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  abstract = train.make_learner(cfg, policy).abstract_state
+  abstract = updates.make_learner(cfg, policy).abstract_state
   restored = checkpoint.Checkpoints(workdir / "checkpoints").restore(abstract)
   assert restored is not None and restored.notes == []
   return restored

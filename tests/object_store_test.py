@@ -20,7 +20,7 @@ from roc import (
   places,
   pretrained,
   sft,
-  train,
+  updates,
 )
 from roc.device import checkpoint, families, model, sharding, weights
 from tests import stores
@@ -68,7 +68,7 @@ def assert_same(params, others):
 
 def final_state(directory, cfg):
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  abstract = train.make_learner(cfg, policy).abstract_state.params
+  abstract = updates.make_learner(cfg, policy).abstract_state.params
   checkpoints = checkpoint.Checkpoints(directory)
   return checkpoints.restore({"params": abstract}, is_partial=True)
 

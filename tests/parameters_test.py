@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import quickstart
-from roc import build, config, errors, export, parameters, train
+from roc import build, config, errors, export, parameters, updates
 from roc.device import checkpoint, families, lora, model, sharding, weights
 
 pytestmark = pytest.mark.slow
@@ -35,7 +35,7 @@ def settings(**changes):
 
 def parts(cfg):
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  return policy, train.make_learner(cfg, policy)
+  return policy, updates.make_learner(cfg, policy)
 
 
 def write_run(workdir, cfg, seed, step=3):
@@ -138,13 +138,13 @@ def test_another_base_is_noticed(runs, tmp_path):
   saved = checkpoint.Checkpoints(runs.adapted / "checkpoints")
   restored = saved.restore(learner.abstract_state)
   with pytest.raises(errors.UserError, match="step 3.*config.init_from"):
-    first = parameters.first_state(cfg, learner)
-    parameters.go_on(cfg, first, restored)
+    parameters.go_on(cfg, learner, restored)
   # The right one is no matter.
   _, learner = parts(runs.cfg)
-  first = parameters.first_state(runs.cfg, learner)
-  assert parameters.go_on(runs.cfg, first, restored) is restored.state
-  assert parameters.go_on(runs.cfg, first, None) is first
+  assert parameters.go_on(runs.cfg, learner, restored) is restored.state
+  assert_same(
+    learner.params(restored.state.params), lora.join(runs.base, runs.adapters)
+  )
 
 
 def test_a_run_of_another_kind_is_noticed(runs):
@@ -182,8 +182,9 @@ def test_going_on_with_the_same_adapters(runs):
 def test_going_on_with_the_optimizer(runs, is_adapted):
   directory = runs.adapted if is_adapted else runs.whole
   adapters = ADAPTERS if is_adapted else {}
-  fresh, learner = first(settings(init_from=str(directory), **adapters))
-  kept = parameters.with_optimizer_of(str(directory), fresh, learner)
+  cfg = settings(init_from=str(directory), **adapters)
+  fresh, learner = first(cfg)
+  kept = parameters.first_state(cfg, learner, keep_optimizer=True)
   checkpoints = checkpoint.Checkpoints(directory / "checkpoints")
   saved = checkpoints.restore(learner.abstract_state).state
   assert_same(kept, dataclasses.replace(saved, step=fresh.step))
@@ -193,15 +194,15 @@ def test_going_on_with_the_optimizer(runs, is_adapted):
 
 
 def test_optimizers_that_cannot_be_had(runs):
-  fresh, learner = first(settings())
   for source, said in (
     ("", "wants a run .* which is ''"),
     ("random", "wants a run"),
     (str(QWEN3), "have no optimizer"),
     (str(runs.adapted), "other settings in config.lora"),
   ):
+    cfg = settings(init_from=source)
     with pytest.raises(errors.UserError, match=said):
-      parameters.with_optimizer_of(source, fresh, learner)
+      parameters.first_state(cfg, parts(cfg)[1], keep_optimizer=True)
 
 
 def test_starting_all_parameters_from_adapters(runs):

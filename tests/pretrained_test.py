@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from roc import build, config, errors, main, parameters, pretrained, train
+from roc import build, config, errors, main, parameters, pretrained, updates
 from roc.device import model, sharding, weights
 from roc.host import template_chat
 from roc.host import tokenizer as tokenizer_lib
@@ -135,7 +135,7 @@ def test_another_tokenizer_than_the_model_s(folder, tmp_path):
 def first_params(**changes):
   cfg = pretrained.settle(resolved(**changes))
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  learner = train.make_learner(cfg, policy)
+  learner = updates.make_learner(cfg, policy)
   return parameters.first_state(cfg, learner).params
 
 

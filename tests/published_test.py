@@ -23,6 +23,7 @@ from roc import (
   pretrained,
   sft,
   train,
+  updates,
 )
 
 # Learnt by heart: a call of the tool, and an answer that is wrong mostly.
@@ -78,7 +79,7 @@ def updates_of(cfg, workdir):
   """By the count of the optimizer."""
   cfg = pretrained.settle(cfg)
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  learner = train.make_learner(cfg, policy)
+  learner = updates.make_learner(cfg, policy)
   restored = build.checkpoints(cfg, workdir).restore(learner.abstract_state)
   (adam,) = optax.tree.get_all_with_path(restored.state.opt_state, "count")[:1]
   return int(adam[1])

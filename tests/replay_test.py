@@ -28,6 +28,7 @@ from roc import (
   rollout,
   runlog,
   train,
+  updates,
 )
 from roc import sft as sft_lib
 from roc.device import checkpoint
@@ -311,7 +312,7 @@ def test_a_step_needs_neither_engine_nor_sandbox(tmp_path, monkeypatch):
   cfg = settings(**{"train.replay": str(tmp_path), "model.n_layers": 1})
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
-  learner = train.make_learner(cfg, policy)
+  learner = updates.make_learner(cfg, policy)
   trainer = train.Trainer(
     cfg, host, NoTools(), policy, learner, train.read_replay(cfg, policy)
   )
@@ -344,7 +345,7 @@ def rows_of(workdir):
 
 def final_state(cfg, workdir):
   policy = build.make_policy(cfg, build.host_parts(cfg))
-  abstract = train.make_learner(cfg, policy).abstract_state
+  abstract = updates.make_learner(cfg, policy).abstract_state
   return checkpoint.Checkpoints(workdir / "checkpoints").restore(abstract)
 
 

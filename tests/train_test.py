@@ -21,6 +21,7 @@ from roc import (
   runlog,
   sft,
   train,
+  updates,
 )
 from roc.device import checkpoint
 from roc.host import episode as episode_lib
@@ -128,7 +129,7 @@ def final_state(cfg, workdir, program="train"):
   """The arrays of the newest checkpoint, and its cursor."""
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
-  learner = train.make_learner(cfg, policy)
+  learner = updates.make_learner(cfg, policy)
   abstract = learner.abstract_state
   if program == "sft":
     abstract = {"params": abstract.params}
@@ -174,6 +175,15 @@ def test_rows_are_complete(ran):
   seconds = runlog.read_metrics(ran.train / runlog.METRICS)[2]
   parts = ("time/generate", "time/tools", "time/score", "time/update")
   assert sum(seconds[name] for name in parts) <= seconds["time/step"]
+
+
+def test_the_rate_of_every_step_is_logged(ran):
+  rates = [row["lr"] for row in rows_of(ran.sft)]
+  assert rates[:10] == pytest.approx([5e-4 * (i + 1) for i in range(10)])
+  assert rates[-1] < 1e-3 * max(rates)
+  rows = rows_of(ran.train)[1:]
+  assert [row["updates"] for row in rows] == [1, 2, 3]
+  assert all(row["lr"] > 0 == row["updates_skipped"] for row in rows)
 
 
 def test_the_policy_has_moved(ran):

@@ -24,5 +24,6 @@ def get_config(variant: str = ""):
   recipe.limit(c, response_tokens=12_288, turns=10)  # paper
   c.train.steps = 85  # paper
   c.train.keep_optimizer = True  # paper: it is reset before stage 3 only
+  c.train.warmup = 0  # moments that are warm need none
   c.host.gin_bindings = recipe.DATA
   return recipe.finish(c, variant)

@@ -72,6 +72,16 @@ class Checkpoints:
     """Returns the newest of `steps`, its contents not verified, or None."""
     return max(self.steps(), default=None)
 
+  def newest_whole_step(self) -> int | None:
+    """Returns the step that `restore` would find, or None."""
+    for step in reversed(self.steps()):
+      try:
+        manifest_lib.verify(self.path(step))
+      except manifest_lib.Broken:
+        continue
+      return step
+    return None
+
   def path(self, step: int) -> places.Path:
     """Returns where the checkpoint of `step` lies, or would."""
     return self.directory / f"step_{step:08d}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from roc.core import metrics
@@ -20,6 +21,11 @@ from roc.device import step as step_lib
 
 Batch = step_lib.Batch
 TrainState = step_lib.TrainState
+
+# Metrics of an update that left the state as it was: no row had a weight; loss,
+# gradient or new parameters were not finite.
+SKIPPED = "updates_skipped"
+NOT_FINITE = "updates_not_finite"
 
 
 class Learner:
@@ -53,21 +59,23 @@ class Learner:
     )
     # Empty where all parameters are trained.
     self._base: model_lib.Params = {}
-    self._rows = sharding.batch_sharding(mesh)
-    self._init = jax.jit(self._fresh, out_shardings=self.shardings)
+    self.rows = sharding.batch_sharding(mesh)  # where a batch lies
     self._init_adapters = jax.jit(policy.init_adapters)
-    self._init_opt = jax.jit(self._with_params, out_shardings=self.shardings)
+    self._init_opt = jax.jit(
+      optimizer.init, out_shardings=self.shardings.opt_state
+    )
     self._all = sharding.param_shardings(mesh, policy.abstract_params)
     self._seal = functools.partial(lora.sealed, config=policy.lora)
     self._freeze = jax.jit(self._seal, out_shardings=(self._all, whole))
     self.abstract_base = self._abstract_base()
-    # Of state, base and batch.
+    # Of state, base, batch and learning rate.
     self.jitted = jax.jit(
       self._update_fn,
       in_shardings=(
         self.shardings,
         jax.tree.map(lambda x: x.sharding, self.abstract_base),
-        self._rows,
+        self.rows,
+        whole,
       ),
       out_shardings=(self.shardings, whole),
       donate_argnums=0,
@@ -75,23 +83,45 @@ class Learner:
 
   def init(self, key: jax.Array) -> TrainState:
     """Fresh parameters and optimizer, created where they are to lie."""
-    if not self._has_base:
-      return self._init(key)
-    base = jax.jit(self.policy.init, out_shardings=self._all)(key)
-    return self.start_from(base, key)
+    params = jax.jit(self.policy.init, out_shardings=self._all)(key)
+    return self.start_from(params, key)
 
   def start_from(
-    self, params: model_lib.Params, key: jax.Array | None = None
+    self,
+    params: model_lib.Params,
+    key: jax.Array | None = None,
+    opt_state: Any = None,
   ) -> TrainState:
-    """Given parameters, fresh optimizer, step 0.
+    """Given parameters, step 0.
+
+    Args:
+      params: see `take`; given up, since the first update may donate them.
+      key: likewise.
+      opt_state: of the optimizer, laid out as `abstract_state` says; fresh by
+        default.
+    """
+    trained, seal_2 = self.take(params, key)
+    if opt_state is None:
+      opt_state = self._init_opt(trained)
+    step = jax.device_put(jnp.int32(0), self.shardings.step)
+    return TrainState(trained, opt_state, step, seal_2)
+
+  def take(
+    self, params: model_lib.Params, key: jax.Array | None = None
+  ) -> tuple[Any, jax.Array | None]:
+    """What is trained of given parameters; the rest is kept as the base.
 
     Args:
       params: all of them; a base is taken from them, and adapters if they are
         there (`lora.join`).
       key: for adapters where they are not.
+
+    Returns:
+      Parameters or adapters where `TrainState` has them, and the fingerprint
+      of the base, if there is one.
     """
     if not self._has_base:
-      return self._init_opt(jax.device_put(params, self.shardings.params), None)
+      return jax.device_put(params, self.shardings.params), None
     base, adapters = lora.split(params)
     self._base, seal_2 = self._freeze(base)
     del params, base  # room for the next copy, if the caller has none
@@ -99,24 +129,32 @@ class Learner:
       self._base = self.policy.hold(self._base)
     if not adapters["layers"]:
       adapters = self._init_adapters(jax.random.key(0) if key is None else key)
-    adapters = jax.device_put(adapters, self.shardings.params)
-    return self._init_opt(adapters, seal_2)
+    return jax.device_put(adapters, self.shardings.params), seal_2
 
   def params(self, trained: Any) -> model_lib.Params:
     """All parameters, from those of a `TrainState`; no array is copied."""
     return self._joined(trained, self._base)
 
   def update(
-    self, state: TrainState, batch: Batch
+    self, state: TrainState, batch: Batch, rate: float | np.ndarray = 1.0
   ) -> tuple[TrainState, step_lib.Metrics]:
-    """One step of the optimizer; `state` is donated.
+    """One step of the optimizer.
+
+    Nothing changes, moments and counts included, where no row has a weight or
+    where loss, gradient or new parameters are not finite; the metrics `SKIPPED`
+    and `NOT_FINITE` say so.
+
+    Args:
+      state: before it; donated.
+      batch: rows of the loss.
+      rate: learning rate, by which the optimizer's update is multiplied.
 
     Raises:
       RuntimeError: there is no base yet.
     """
     if self._has_base and not self._base:
       raise RuntimeError("start_from comes before update")
-    return self.jitted(state, self._base, batch)
+    return self.jitted(state, self._base, batch, np.asarray(rate, np.float32))
 
   @property
   def abstract_state(self) -> TrainState:
@@ -125,7 +163,7 @@ class Learner:
 
   def place(self, batch: dict[str, Any]) -> Batch:
     """Host rows onto the mesh."""
-    return jax.device_put(batch, self._rows)
+    return jax.device_put(batch, self.rows)
 
   # ------------------------------------------------------------------ inside
 
@@ -135,12 +173,10 @@ class Learner:
     return self.policy.init(key)
 
   def _fresh(self, key):
+    trained = self._fresh_trained(key)
     seal_2 = jnp.zeros(2, jnp.uint32) if self._has_base else None
-    return self._with_params(self._fresh_trained(key), seal_2)
-
-  def _with_params(self, params, seal_2):
-    opt_state = self._optimizer.init(params)
-    return TrainState(params, opt_state, jnp.int32(0), seal_2)
+    opt_state = self._optimizer.init(trained)
+    return TrainState(trained, opt_state, jnp.int32(0), seal_2)
 
   def _abstract_base(self) -> model_lib.Params:
     """Shapes, dtypes and shardings of the base."""
@@ -156,19 +192,22 @@ class Learner:
   def _joined(self, trained, base):
     return self.policy.join(base, trained) if self._has_base else trained
 
-  def _update_fn(self, state: TrainState, base: model_lib.Params, batch: Batch):
-    grad_fn = jax.grad(
+  def _update_fn(
+    self,
+    state: TrainState,
+    base: model_lib.Params,
+    batch: Batch,
+    rate: jax.Array,
+  ):
+    grad_fn = jax.value_and_grad(
       lambda trained, batch: self._loss_fn(self._joined(trained, base), batch),
       has_aux=True,
     )
     M = self._n_microbatches
     if M == 1:
-      grads, stats = grad_fn(state.params, batch)
+      (loss, stats), grads = grad_fn(state.params, batch)
     else:
-      # Row b goes to microbatch b % M, so each holds rows of every device.
-      parts = jax.tree.map(
-        lambda x: jnp.swapaxes(x.reshape(-1, M, *x.shape[1:]), 0, 1), batch
-      )
+      parts = split_rows(batch, M)
 
       def add_one(total, part):
         return jax.tree.map(jnp.add, total, grad_fn(state.params, part)), None
@@ -179,13 +218,57 @@ class Learner:
           grad_fn, state.params, jax.tree.map(lambda x: x[0], parts)
         ),
       )
-      (grads, stats), _ = jax.lax.scan(add_one, zeros, parts)
+      ((loss, stats), grads), _ = jax.lax.scan(add_one, zeros, parts)
+    norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # Computed twice, so that new and old parameters are never both there: here
+    # each new one is reduced at once, and below it takes the place of the old.
+    is_finite = jax.lax.cond(
+      is_finite,
+      lambda: _all_finite(self._stepped(state, grads, rate).params),
+      lambda: is_finite,
+    )
+    has_rows = jnp.any(batch["weight_BT"] != 0)
+    state = jax.lax.cond(
+      is_finite & has_rows,
+      lambda: self._stepped(state, grads, rate),
+      lambda: state,
+    )
+    stats["grad_norm"] = metrics.Mean(norm, jnp.float32(1))
+    stats[SKIPPED] = metrics.mean(~has_rows)
+    stats[NOT_FINITE] = metrics.mean(~is_finite)
+    return state, stats
+
+  def _stepped(self, state: TrainState, grads: Any, rate: jax.Array):
     updates, opt_state = self._optimizer.update(
       grads, state.opt_state, state.params
     )
+    updates = jax.tree.map(lambda u: rate * u, updates)
     params = optax.apply_updates(state.params, updates)
-    stats["grad_norm"] = metrics.Mean(optax.tree.norm(grads), jnp.float32(1))
-    return TrainState(params, opt_state, state.step + 1, state.base), stats
+    return TrainState(params, opt_state, state.step + 1, state.base)
+
+
+def split_rows(batch: Batch, n_parts: int) -> Batch:
+  """[B, ...] as [n_parts, B / n_parts, ...].
+
+  Row b goes to part b % n_parts, so each part holds rows of every device.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(-1, n_parts, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def join_rows(parts: Any) -> Any:
+  """What `split_rows` split, in the order that it had."""
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), parts
+  )
+
+
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.all(
+    jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)])
+  )
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-import jax.numpy as jnp
 import optax
 
 
@@ -28,23 +27,28 @@ class OptimSettings(Protocol):
 
 
 def learning_rate(c: OptimSettings) -> optax.Schedule:
-  """Updates made so far to learning rate; the first update already moves."""
+  """Steps of the run before this one to learning rate; the first one moves.
 
-  def schedule(count):
-    warm = jnp.minimum(1.0, (count + 1) / max(c.warmup, 1))
-    if c.schedule == "constant":
-      return c.lr * warm
-    done = jnp.clip((count - c.warmup) / max(c.steps - c.warmup, 1), 0.0, 1.0)
-    return c.lr * warm * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
-
-  return schedule
+  A linear warm-up to `lr` in step `warmup`, then `lr` for ever or a cosine that
+  would reach 0 one step after the last.
+  """
+  after = optax.constant_schedule(c.lr)
+  if c.schedule == "cosine":
+    after = optax.cosine_decay_schedule(c.lr, max(c.steps - c.warmup, 1))
+  if c.warmup < 2:
+    ramp = optax.constant_schedule(c.lr)
+  else:
+    ramp = optax.linear_schedule(c.lr / c.warmup, c.lr, c.warmup - 1)
+  return optax.join_schedules([ramp, after], [c.warmup])
 
 
 def make_optimizer(c: OptimSettings) -> optax.GradientTransformation:
-  """Clip by global norm, then AdamW (arXiv 1711.05101)."""
-  adamw = optax.adamw(
-    learning_rate(c), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay
-  )
+  """Clip by global norm, then AdamW (arXiv 1711.05101) at learning rate 1.
+
+  `Learner.update` multiplies what it gives by the rate, which belongs to the
+  run and not to the optimizer: another run may go on with its state.
+  """
+  adamw = optax.adamw(1.0, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
   if not c.grad_clip:
     return adamw
   return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)

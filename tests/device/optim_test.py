@@ -36,6 +36,7 @@ def test_warm_up_then_cosine():
   # Half-way down in the middle; never below zero after the end.
   assert rates[12] == pytest.approx(0.05)
   np.testing.assert_allclose(rates[20:], 0.0, atol=1e-8)
+  assert rates[19] > 0  # the last step is trained too
 
 
 def test_no_warm_up():
@@ -48,8 +49,10 @@ def test_the_first_update_already_moves():
   updates, _ = optimizer.update(
     {"w": jnp.array([3.0, -0.5])}, optimizer.init(params), params
   )
-  # Adam's first step is the sign of the gradient times the learning rate.
-  np.testing.assert_allclose(updates["w"], [-0.025, 0.025], rtol=1e-5)
+  # Adam's first step is the sign of the gradient; the learner multiplies it by
+  # the learning rate, which is not 0.
+  np.testing.assert_allclose(updates["w"], [-1.0, 1.0], rtol=1e-5)
+  assert curve(settings())[0] == pytest.approx(0.025)
 
 
 def test_weight_decay_is_decoupled():
@@ -58,7 +61,7 @@ def test_weight_decay_is_decoupled():
   updates, _ = optimizer.update(
     {"w": jnp.zeros(2)}, optimizer.init(params), params
   )
-  np.testing.assert_allclose(updates["w"], [-0.0125, 0.025], rtol=1e-5)
+  np.testing.assert_allclose(updates["w"], [-0.5, 1.0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("clip", "scale"), [(1.0, 0.2), (10.0, 1.0), (0.0, 1)])

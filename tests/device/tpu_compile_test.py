@@ -179,8 +179,11 @@ def test_the_update_compiles(devices):
   batch["advantage_B"] = jax.ShapeDtypeStruct(
     shape[:1], jnp.float32, sharding=rows
   )
+  rate = jax.ShapeDtypeStruct(
+    (), jnp.float32, sharding=sharding.replicated(mesh)
+  )
   compiled, memory = compile_for(
-    *(mesh, learner.jitted, learner.abstract_state, {}, batch),
+    *(mesh, learner.jitted, learner.abstract_state, {}, batch, rate),
     optimization_level=19,  # O1: a third of the time
   )
   print(report(memory))
