@@ -26,6 +26,7 @@ from roc.host.sandbox import (
   repl,
   report,
   script,
+  source,
 )
 
 # Bound now: the program may replace the originals.
@@ -175,7 +176,8 @@ def _prepare(job: Job) -> Callable[[], int]:
       _set_limits, context=context, has_own_uid=uid is not None, is_soft=True
     )
     return functools.partial(repl.serve, channel, context.main, reporter, limit)
-  code, record = payload.read_code(others[0]), payload.Record(others[0])
+  code = source.clean(payload.read_code(others[0]))
+  record = payload.Record(others[0])
   report.show_source(report.TOOL_FILE, code)
   lock()
   os.closerange(3, ceiling)
@@ -233,7 +235,8 @@ def _set_limits(
     if ceiling != resource.RLIM_INFINITY:
       soft, hard = min(soft, ceiling), min(hard, ceiling)
     if is_soft:
-      hard = ceiling
+      hard = resource.getrlimit(kind)[1]  # a cell may have lowered it
+      soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
     resource.setrlimit(kind, (soft, hard))
 
 

@@ -92,14 +92,21 @@ def _open_over_standard_fds() -> None:
     encoding="utf-8",
     errors="surrogateescape",
   )
-  # Unbuffered like `python -u`: what a killed program printed is not lost.
   for fd, name in ((1, "stdout"), (2, "stderr")):
-    stream = io.TextIOWrapper(
-      typing.cast(typing.BinaryIO, io.FileIO(fd, "w", closefd=False)),
-      encoding="utf-8",
-      errors="backslashreplace",
-      newline="\n",
-      write_through=True,
-    )
+    stream = open_output(fd)
     setattr(sys, name, stream)
     setattr(sys, f"__{name}__", stream)
+
+
+def open_output(fd: int) -> io.TextIOWrapper:
+  """Returns a stream over a descriptor, unbuffered like those of `python -u`.
+
+  What a killed program printed is not lost.
+  """
+  return io.TextIOWrapper(
+    typing.cast(typing.BinaryIO, io.FileIO(fd, "w", closefd=False)),
+    encoding="utf-8",
+    errors="backslashreplace",
+    newline="\n",
+    write_through=True,
+  )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from roc import layout
-from roc.host.sandbox import contract
+from roc.host.sandbox import contract, masking
 
 TIER = contract.TIERS[-1]
 
@@ -36,7 +36,6 @@ _FRAME = re.compile(
   rf'File "[^"\n]*/{_RANDOM}/(?:source|{_RANDOM})\.py"(?:, line (\d+))?'
 )
 _SCRATCH = re.compile(rf"/tmp/{_RANDOM}\b")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,16}\b")
 _VERDICT = re.compile(r"([^\W\d][\w.]*)(: |:?$)")
 
 
@@ -128,7 +127,7 @@ def tidy(
 
   def clean(text: str) -> str:
     text = _SCRATCH.sub("/scratch", _FRAME.sub(frame, text))
-    return _ADDRESS.sub(" at 0x0", text)
+    return masking.mask_addresses(text)
 
   return dataclasses.replace(
     result, stdout=clean(result.stdout), stderr=clean(result.stderr)

@@ -16,13 +16,14 @@ sender's pid by the kernel's word. When a runner has said hello, guardian and
 runner are stopped until the next cell comes, so that nothing runs in between.
 """
 
-import ast
 import contextlib
 import functools
+import inspect
 import io
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import sys
@@ -32,11 +33,14 @@ import typing
 from collections.abc import Callable
 
 from roc.host.sandbox import (
+  image,
   linux,
   namespaces,
   payload,
   report,
   script,
+  source,
+  thread_pools,
   verdict,
 )
 
@@ -48,6 +52,8 @@ _get_state, _set_state = random.getstate, random.setstate
 _exit = os._exit
 _set_trace, _set_profile = sys.settrace, sys.setprofile
 _threads = threading.enumerate
+_get_limit, _set_limit = resource.getrlimit, resource.setrlimit
+_get_depth, _set_depth = sys.getrecursionlimit, sys.setrecursionlimit
 _main_thread = threading.main_thread
 _frames = sys._current_frames
 _ALL_SIGNALS = frozenset(signal.valid_signals())
@@ -70,10 +76,12 @@ def serve(
     limit: takes on the limits of a cell.
   """
   script.allow_depth(4)
+  reserve = _Reserve()
+  reserve.open()
   while True:
     pid = _fork()
     if pid == 0:
-      _run_next_cell(channel, main, reporter, limit)
+      _run_next_cell(channel, main, reporter, limit, reserve)
       # The cell is done: this process is the guardian of what it has become.
       continue
     blocked = _set_mask(signal.SIG_BLOCK, _ALL_SIGNALS)
@@ -83,6 +91,32 @@ def serve(
     _set_mask(signal.SIG_SETMASK, blocked)
     cpu_ms = round((usage.ru_utime + usage.ru_stime) * 1e3)
     channel.send(b"%s %d %d %d" % (DIED, status, cpu_ms, usage.ru_maxrss))
+
+
+class _Reserve:
+  """What it takes to receive and to end a cell when a cell used up all.
+
+  Between cells the soft limits are as high as the hard ones, until the next
+  cell takes on its own, and recursion is deep enough for what is done here.
+  """
+
+  def __init__(self):
+    self._depth = self._deep = _get_depth()
+
+  def open(self) -> None:
+    """Lifts the limits."""
+    with contextlib.suppress(BaseException):
+      self._depth = _get_depth()
+      _set_depth(max(self._depth, self._deep))
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_NOFILE):
+      with contextlib.suppress(BaseException):
+        hard = _get_limit(kind)[1]
+        _set_limit(kind, (hard, hard))
+
+  def close(self) -> None:
+    """Puts the depth of recursion back to what the cells before have set."""
+    with contextlib.suppress(BaseException):
+      _set_depth(self._depth)
 
 
 def _fork() -> int:
@@ -101,21 +135,29 @@ def _run_next_cell(
   main: types.ModuleType,
   reporter: report.Reporter,
   limit: Callable[[dict], None],
+  reserve: "_Reserve",
 ) -> None:
   pid = _getpid()
   channel.send(b"%s %d" % (HELLO, pid))
   cell, fds = _receive(channel, pid)
-  code, record = payload.read_code(fds[0]), payload.Record(fds[0])
+  code = source.clean(payload.read_code(fds[0]))
+  record = payload.Record(fds[0])
   _renew_stdin(fds[1] if len(fds) > 1 else None)
   os.close(fds[0])
-  limit(cell["limits"])
   report.show_source(cell["file"], code)
-  run = functools.partial(_run_cell, code, cell["file"], main)
+  run = functools.partial(_run_cell, code, cell["file"], main, reporter.scratch)
+  reserve.close()
+  limit(cell["limits"])
   end = script.execute(run, reporter)
+  reserve.open()
+  with contextlib.suppress(BaseException):
+    thread_pools.finish()
   with contextlib.suppress(BaseException):
     _join_threads()
   with contextlib.suppress(BaseException):
     linux.flush_c_streams()
+  with contextlib.suppress(BaseException):
+    _reopen_output()
   if _getpid() != pid:  # a fork of the cell that fell through to here
     _exit(end.code)
   record.write(verdict.pack_record(end.ending, end.error_type))
@@ -141,15 +183,25 @@ def _receive(channel: socket.socket, pid: int) -> tuple[dict, list[int]]:
       os.close(fd)
 
 
-def _run_cell(code: str, file: str, main: types.ModuleType) -> None:
+def _run_cell(code: str, file: str, main: types.ModuleType, home: str) -> None:
   """Runs statements; a bare expression at the end is echoed."""
-  tree = ast.parse(code, file)
-  last = None
-  if tree.body and isinstance(tree.body[-1], ast.Expr):
-    last = ast.Interactive([tree.body.pop()])
-  exec(compile(tree, file, "exec", dont_inherit=True), main.__dict__)
-  if last is not None:
-    exec(compile(last, file, "single", dont_inherit=True), main.__dict__)
+  parts = source.compile_cell(code, file, home)
+  if any(part.co_flags & inspect.CO_COROUTINE for part in parts):
+    import asyncio  # few cells await, and it is large
+
+    asyncio.run(_await_parts(parts, main))
+    return
+  for part in parts:
+    exec(part, main.__dict__)
+
+
+async def _await_parts(
+  parts: list[types.CodeType], main: types.ModuleType
+) -> None:
+  for part in parts:
+    result = eval(part, main.__dict__)
+    if part.co_flags & inspect.CO_COROUTINE:
+      await result
 
 
 def _renew_stdin(fd: int | None) -> None:
@@ -163,6 +215,16 @@ def _renew_stdin(fd: int | None) -> None:
     encoding="utf-8",
     errors="surrogateescape",
   )
+
+
+def _reopen_output() -> None:
+  """Replaces output streams that the cell has closed."""
+  for fd, name in ((1, "stdout"), (2, "stderr")):
+    stream = getattr(sys, name, None)
+    if stream is None or getattr(stream, "closed", False):
+      fresh = image.open_output(fd)
+      setattr(sys, name, fresh)
+      setattr(sys, f"__{name}__", fresh)
 
 
 def _join_threads() -> None:

@@ -5,23 +5,50 @@ no path of the interpreter or of the scratch directory, no frame of the runner
 or of a library. The program's file is called `<tool>`.
 """
 
+import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import threading
 import traceback
+import typing
 import warnings
 
 TOOL_FILE = "<tool>"
 
+_getfile = inspect.getfile
 _TracebackException = traceback.TracebackException
 
 
 def show_source(file: str, code: str) -> None:
-  """Lets tracebacks quote the lines of `file`, such as `<tool>`."""
-  lines = code.splitlines(keepends=True)
+  """Lets tracebacks and `inspect` quote the lines of `file`, such as `<tool>`.
+
+  Lines end where Python ends them: not at the other characters at which
+  `str.splitlines` does.
+  """
+  lines = io.StringIO(code).readlines()
   linecache.cache[file] = (len(code), None, lines, file)
+
+
+def find_file(object: typing.Any) -> str:
+  """`inspect.getfile` that finds the programs' own classes too.
+
+  The original asks for the file of a class' module, and all cells are one.
+  """
+  if isinstance(object, type) and object.__module__ == "__main__":
+    line = getattr(object, "__firstlineno__", 0)  # from Python 3.13 on
+    opening = re.compile(rf"(?m)^[ \t]*class {re.escape(object.__name__)}\b")
+    for file in reversed(linecache.cache):
+      text = "".join(linecache.getlines(file)[max(0, line - 1) :])
+      if file.startswith(TOOL_FILE[:-1]) and (
+        re.match(rf"(?:\s*@.*\n)*\s*class {object.__name__}\b", text)
+        if line
+        else opening.search(text)
+      ):
+        return file
+  return _getfile(object)
 
 
 class Reporter:
@@ -29,12 +56,14 @@ class Reporter:
 
   def __init__(self, library_dirs: list[str]):
     """Args: library_dirs, of which the longest match wins."""
-    self._scratch = "\0"  # no path
+    self.scratch = "\0"  # no path
+    self._scratch = self.scratch
     dirs = sorted((d for d in library_dirs if d), key=len, reverse=True)
     self._library_dirs = [os.path.join(d, "") for d in dirs]
 
   def hide(self, scratch: str) -> None:
     """Has `scratch`, the call's directory, left out of what is shown."""
+    self.scratch = scratch
     self._scratch = os.path.join(scratch, "")
 
   def install(self) -> None:
@@ -43,6 +72,7 @@ class Reporter:
     threading.excepthook = lambda args: self.write(args.exc_value)
     sys.unraisablehook = lambda args: self.write(args.exc_value)
     warnings.formatwarning = self._format_warning
+    inspect.getfile = find_file
 
   def text(self, error: BaseException) -> str:
     """Returns the traceback of `error`, chained causes included."""

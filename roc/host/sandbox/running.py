@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from roc.host.sandbox import (
   contract,
   linux,
   loop,
+  masking,
   payload,
   verdict,
   watch,
@@ -26,7 +26,6 @@ _DISK_LOOK_S = 0.1
 _CHUNK = 1 << 16
 # Kept past the cap only to count them; a pipe holds no more after a kill.
 _DRAIN_BYTES = 4 << 20
-_ADDRESS = re.compile(rb"( at|[Tt]hread) 0x[0-9a-f]{6,16}\b")
 
 
 def contain(work: Callable[[], None], give_up: Callable[[], None]) -> None:
@@ -97,17 +96,13 @@ class Stream:
     """Returns what was kept as text; a character the cap cut is left out.
 
     Args:
-      hidden: paths of the host, and what is shown in place of each. Addresses
-        in the forms that `repr` and tracebacks of the C level give them become
-        zero: they differ from run to run.
+      hidden: paths of the host, and what is shown in place of each.
     """
     data = cut_utf8(bytes(self.kept)) if self.is_over else bytes(self.kept)
     if b"/" in data:
       for path, shown in hidden:
         data = data.replace(path, shown)
-    if b" 0x" in data:
-      data = _ADDRESS.sub(rb"\1 0x0", data)
-    return data.decode("utf-8", "replace")
+    return masking.mask_addresses(data.decode("utf-8", "replace"))
 
   def hand_over(self) -> int:
     """Returns the writing end, which is the caller's to close from now on."""

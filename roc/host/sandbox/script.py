@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable
 
-from roc.host.sandbox import linux, payload, report, verdict
+from roc.host.sandbox import linux, payload, report, source, verdict
 
 HEADROOM_BYTES = 32 << 20  # for the report of a program that ran out of memory
 
@@ -47,7 +47,8 @@ def run(
   """Runs a whole program and returns the exit code; leaves the record."""
 
   def program() -> None:
-    compiled = compile(code, report.TOOL_FILE, "exec", dont_inherit=True)
+    file = report.TOOL_FILE
+    compiled = source.compile_script(code, file, reporter.scratch)
     exec(compiled, main.__dict__)
 
   pid = _getpid()

@@ -227,7 +227,8 @@ def test_nothing_that_a_program_wrote_is_unpickled():
   folder = pathlib.Path(sandbox.__file__).parent
   for path in folder.glob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
-      names = [a.name for a in getattr(node, "names", [])]
+      aliases = getattr(node, "names", [])
+      names = [getattr(alias, "name", alias) for alias in aliases]
       names.append(getattr(node, "module", None) or "")
       assert not {"pickle", "marshal", "shelve", "dill"} & set(names), path
 
