@@ -66,6 +66,8 @@ def host_parts(cfg: config_lib.Config) -> wiring.HostParts:
   for task in (host.train_task, host.eval_task):
     for note in getattr(task, "notes", ()):
       say(note)
+  if (note := pretrained.length_note(cfg)) is not None:
+    say(note)
   return host
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from roc import errors
-from roc.device import lora, paged_tpu
+from roc.device import lora, network, paged_tpu
 from roc.device import step as step_lib
 
 if TYPE_CHECKING:
@@ -210,6 +210,14 @@ def _check_model(c: "config_lib.Config") -> None:
     and m.rope_original_length > 0,
     "config.model.rope_factor must be at least 1, rope_low_freq_factor above 0"
     " and below rope_high_freq_factor, and rope_original_length above 0",
+  )
+  _require(
+    m.rope_scaling in network.ROPE_SCALINGS
+    and 0 < m.rope_beta_slow < m.rope_beta_fast
+    and m.rope_attention_factor > 0,
+    f"config.model.rope_scaling must be one of {network.ROPE_SCALINGS},"
+    " rope_beta_slow above 0 and below rope_beta_fast, and"
+    " rope_attention_factor above 0",
   )
   for name, axis, size in (
     ("n_kv_heads", "tensor", tensor),

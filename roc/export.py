@@ -20,6 +20,7 @@ import jax
 from roc import build, cli, errors, parameters, places, pretrained, wiring
 from roc import config as config_lib
 from roc.device import families, model, sharding, weights
+from roc.host import chat as chat_lib
 from roc.host import pretrained as tokenizers_lib
 
 
@@ -145,7 +146,7 @@ def export(
     if host is not None:
       _write_tokenizer(host, side)
     elif source is not None:
-      _copy_tokenizer(source, side)
+      copy_side_files(cfg, source, side)
     weights.export(
       params,
       policy.config,
@@ -167,9 +168,56 @@ def _published_fields(source: pathlib.Path, dtype: str) -> dict[str, Any]:
   return fields | {key: dtype}
 
 
+def copy_side_files(
+  cfg: config_lib.Config, source: pathlib.Path, folder: pathlib.Path
+) -> None:
+  """Copies what a published folder says beside its weights.
+
+  Args:
+    cfg: of the run, whose chat format says what ends a turn by now.
+    source: the published folder.
+    folder: that is to have the files.
+  """
+  _copy_tokenizer(source, folder)
+  _write_stops(_published_chat(cfg, source), source, folder)
+
+
+def _published_chat(
+  cfg: config_lib.Config, source: pathlib.Path
+) -> chat_lib.Chat | None:
+  """The chat format that the run had; None where it cannot be built here."""
+  try:
+    return wiring.build_chat(cfg.host.gin_files, cfg.host.gin_bindings, source)
+  except errors.UserError as e:
+    build.say(f"the ids that end a turn are those of {source} ({e})")
+    return None
+
+
+def _write_stops(
+  chat: chat_lib.Chat | None, source: pathlib.Path, folder: pathlib.Path
+) -> None:
+  """Adds the ids that end a turn of the run to those that end a text.
+
+  A base model stops at the end of a text alone; the run taught it to end its
+  turns, and other engines read here at which ids to stop.
+  """
+  if chat is None:
+    return
+  path = folder / tokenizers_lib.GENERATION_FILE
+  fields = json.loads(path.read_text("utf-8")) if path.exists() else {}
+  known = tokenizers_lib.eos_ids(source)
+  ids = list(dict.fromkeys([*known, *chat.stop_ids]))
+  if ids == list(known) and path.exists():
+    return
+  fields = {"pad_token_id": chat.pad_id} | fields | {"eos_token_id": ids}
+  path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 def _copy_tokenizer(source: pathlib.Path, folder: pathlib.Path) -> None:
   for name in tokenizers_lib.FILES:
-    if (source / name).exists():
+    if (source / name).is_dir():
+      shutil.copytree(source / name, folder / name)
+    elif (source / name).exists():
       shutil.copyfile(source / name, folder / name)
   if not (folder / tokenizers_lib.TOKENIZER_FILE).exists():
     # Only ranks: others read what we made of them.

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 
 from roc import errors, places
+from roc.host.pretrained import TEMPLATE_FOLDER
 
 _CHECKOUT = pathlib.Path(__file__).resolve().parent.parent
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -89,6 +90,9 @@ def _side_files(source: str) -> pathlib.Path:
     for file in path.iterdir():
       if any(fnmatch.fnmatch(file.name, x) for x in _SIDE_FILES):
         places.copy_file(file, folder / file.name)
+    for file in (path / TEMPLATE_FOLDER).glob("*.jinja"):
+      (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+      places.copy_file(file, folder / TEMPLATE_FOLDER / file.name)
   return folder
 
 

@@ -56,6 +56,21 @@ def settle(cfg: config_lib.Config) -> config_lib.Config:
   return cfg
 
 
+def length_note(cfg: config_lib.Config) -> str | None:
+  """A line for people where texts may be longer than the model is made for."""
+  if not cfg.pretrained:
+    return None
+  longest = families.longest(folder(cfg))
+  length = cfg.sampling.cache_length
+  if longest is None or length <= longest:
+    return None
+  return (
+    f"warning: config.sampling.cache_length is {length} and {cfg.pretrained} is"
+    f" made for {longest} positions (max_position_embeddings); what lies beyond"
+    " is likely to be nonsense"
+  )
+
+
 def folder(cfg: config_lib.Config) -> pathlib.Path:
   """Where the files of `config.pretrained` are, perhaps without the weights.
 

@@ -219,6 +219,29 @@ def build_host(
   return dataclasses.replace(built, gin_text=gin_text)
 
 
+def build_chat(
+  gin_files: Sequence[str],
+  gin_bindings: Sequence[str],
+  pretrained: pathlib.Path,
+) -> chat_lib.Chat:
+  """The chat format of `build_host` alone, for a folder's own tokenizer.
+
+  Needs nothing of the run's data.
+
+  Raises:
+    errors.UserError: as `build_host`.
+  """
+  read_gin(gin_files, gin_bindings)
+  with _one_sentence("gin"):
+    bound = gin.get_bindings("host")
+    chat = bound.get("chat") or _part("TemplateChat")
+    toolbox = bound.get("toolbox") or _part("Toolbox")
+    offered = {}
+    if _takes(chat, "tools"):
+      offered["tools"] = [toolbox(None).schema]  # no sandbox: nothing is run
+    return chat(_part("load_tokenizer")(pretrained), **offered)
+
+
 def read_gin(
   gin_files: Sequence[str] = (), gin_bindings: Sequence[str] = ()
 ) -> str:

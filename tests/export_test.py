@@ -1,5 +1,6 @@
 """`roc.main export`: a policy as a folder that loads elsewhere."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from experiments import quickstart
-from roc import build, config, main, pretrained
+from roc import build, config, export, main, pretrained
 from roc.device import checkpoint, families, model, sharding, weights
 from roc.host import pretrained as tokenizers_lib
+from roc.host import tokenizer as tokenizer_lib
 
 
 def save_run(workdir, cfg, steps=(3,)):
@@ -150,3 +152,28 @@ def test_mistakes(quick, tmp_path, capsys):
     assert (code, text) == (2, "") and err.count("\n") == 1
     assert said in err, err
   assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_ids_that_a_run_was_taught_to_end_by(tmp_path):
+  """A base model ends texts only; the run's chat format ends turns."""
+  source, side = tmp_path / "base", tmp_path / "side"
+  source.mkdir()
+  side.mkdir()
+  tokenizer = tokenizer_lib.quickstart_tokenizer()
+  tokenizer.save(source / "tokenizer.json")
+  text = tokenizer.special_id("<|endoftext|>")
+  generation = {"eos_token_id": text, "max_new_tokens": 7}
+  (source / "generation_config.json").write_text(json.dumps(generation))
+  cfg = config.resolve(quickstart.get_config("tiny"))
+  bindings = ("host.chat = @TemplateChat", "TemplateChat.template = 'rstar2'")
+  host = dataclasses.replace(cfg.host, gin_files=(), gin_bindings=bindings)
+  cfg = dataclasses.replace(cfg, host=host)
+  export.copy_side_files(cfg, source, side)
+  found = json.loads((side / "generation_config.json").read_text())
+  assert found["eos_token_id"] == [text, tokenizer.special_id("<|im_end|>")]
+  assert found["max_new_tokens"] == 7
+  # What ends turns already is left as it is.
+  generation["eos_token_id"] = found["eos_token_id"]
+  (source / "generation_config.json").write_text(json.dumps(generation))
+  export.copy_side_files(cfg, source, side)
+  assert json.loads((side / "generation_config.json").read_text()) == generation

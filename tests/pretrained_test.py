@@ -161,3 +161,20 @@ def test_relative_paths_are_found_from_elsewhere(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   found = pretrained.folder(resolved(pretrained=TINY_QWEN3))
   assert found == pathlib.Path(__file__).parents[1] / TINY_QWEN3
+
+
+def test_a_cache_longer_than_the_model_is_made_for(folder, tmp_path):
+  copy = tmp_path / "short"
+  copy.mkdir()
+  for path in folder.iterdir():
+    (copy / path.name).write_bytes(path.read_bytes())
+  fields = json.loads((copy / "config.json").read_text())
+  fields["max_position_embeddings"] = 128
+  (copy / "config.json").write_text(json.dumps(fields))
+  note = pretrained.length_note(resolved(pretrained=str(copy)))
+  assert note is not None and "cache_length is 256" in note and "128" in note
+  fields["max_position_embeddings"] = 256
+  (copy / "config.json").write_text(json.dumps(fields))
+  assert pretrained.length_note(resolved(pretrained=str(copy))) is None
+  assert pretrained.length_note(resolved(pretrained=str(folder))) is None
+  assert pretrained.length_note(resolved()) is None

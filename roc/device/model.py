@@ -22,6 +22,7 @@ from roc.device import attention as attention_lib
 from roc.device import lora, network, paged, paged_tpu, rotary
 
 ModelConfig = network.ModelConfig
+ROPE_SCALINGS = network.ROPE_SCALINGS
 Params = dict[str, Any]
 Pool = paged.Pool | paged_tpu.Pool
 
@@ -267,6 +268,16 @@ class Policy:
   def _rotation(self, position_BT: jax.Array) -> rotary.Rotation:
     c = self.config
     frequency_E = rotary.frequencies(c.head_dim, c.rope_theta)
+    if c.rope_scaling == "yarn":
+      frequency_E = rotary.yarn(
+        frequency_E,
+        c.rope_theta,
+        c.rope_factor,
+        c.rope_original_length,
+        c.rope_beta_fast,
+        c.rope_beta_slow,
+      )
+      return rotary.Rotation(position_BT, frequency_E, c.rope_attention_factor)
     if c.rope_factor != 1.0:
       frequency_E = rotary.stretch(
         frequency_E,

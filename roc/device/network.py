@@ -21,6 +21,7 @@ from flax import nnx
 from roc.core import products
 from roc.device import lora, rotary
 
+ROPE_SCALINGS = ("llama3", "yarn")
 NO_ADAPTERS = lora.LoraConfig()
 _DEVIATION = 0.02  # of fresh embeddings
 
@@ -39,12 +40,16 @@ class ModelConfig:
   qk_norm: bool = True  # RMSNorm of each head's queries and keys (Qwen3)
   qkv_bias: bool = False  # biases of the query, key, value products (Qwen2.5)
   rope_theta: float = 1e4
-  # Llama 3.1's stretching of rotary positions beyond the length that it was
-  # pretrained with; a factor of 1 stretches nothing.
+  # How rotary positions are stretched beyond the length of pretraining: as
+  # Llama 3.1 does ("llama3") or "yarn"; a factor of 1 stretches nothing.
+  rope_scaling: str = "llama3"
   rope_factor: float = 1.0
   rope_low_freq_factor: float = 1.0
   rope_high_freq_factor: float = 4.0
   rope_original_length: int = 8192
+  rope_beta_fast: float = 32.0
+  rope_beta_slow: float = 1.0
+  rope_attention_factor: float = 1.0  # of queries and of keys, with yarn
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   # Of the operands of matrix products and of the cache; all else is float32.

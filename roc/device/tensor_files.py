@@ -26,6 +26,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # as the format's own library has it
 _METADATA = "__metadata__"
+_N_NAMED = 5  # names in a message
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")
 _ITEM_BYTES = {
   **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
@@ -76,6 +77,7 @@ class Folder:
   def _read_headers(self) -> None:
     path = self.path
     index = self._index()
+    self._check_one_set(set(index.values()) or {SINGLE_FILE})
     for file in sorted(set(index.values())) if index else [SINGLE_FILE]:
       for name, tensor in _read_header(path / file).items():
         other = self.tensors.setdefault(name, tensor)
@@ -90,6 +92,22 @@ class Folder:
           f"{path / INDEX_FILE} says that {name} is in {file}, which does not"
           " hold it; fetch both again"
         )
+
+  def _check_one_set(self, files: set[str]) -> None:
+    """Raises a UserError where there are weights beside those of the model."""
+    others = sorted(
+      path.name
+      for path in self.path.glob("model*.safetensors")
+      if path.name not in files
+    )
+    if others:
+      listed = ", ".join(others[:_N_NAMED])
+      more = f" and {len(others) - _N_NAMED} more" * (len(others) > _N_NAMED)
+      raise errors.UserError(
+        f"{self.path} holds two sets of weights: {listed}{more} beside those of"
+        f" {INDEX_FILE if (self.path / INDEX_FILE).exists() else SINGLE_FILE};"
+        " remove one set"
+      )
 
   def _index(self) -> dict[str, str]:
     """The file of every tensor, or nothing where there is a single file."""

@@ -29,11 +29,13 @@ from roc.device import model as model_lib
 SINGLE_FILE = tensor_files.SINGLE_FILE
 INDEX_FILE = tensor_files.INDEX_FILE
 _SHARD_BYTES = 2 << 30
+_MODE = 0o644
 _N_NAMED = 5  # names in a message
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # old exports hold it
 
 # Ours -> theirs; matrices are transposed, embeddings and vectors are not.
-_LAYER = "model.layers.{}."
+_PREFIX = "model."
+_LAYER = _PREFIX + "layers.{}."
 _NAMES = {
   "embed/embedding": "model.embed_tokens.weight",
   "final_norm/scale": "model.norm.weight",
@@ -107,7 +109,7 @@ def load(
     errors.UserError: a file is missing or cut off, or tensors are missing,
       left over or of other shapes or types; names them.
   """
-  source = tensor_files.Folder(places.as_path(folder))
+  source = _with_prefix(tensor_files.Folder(places.as_path(folder)))
   leaves = jax.tree_util.tree_map_with_path(
     lambda path, x: Leaf(sharding.path_name(path), x.shape),
     policy.abstract_params,
@@ -131,6 +133,20 @@ def load(
     placed[leaf.path] = jax.block_until_ready(part)
     del tensor, part
   return jax.tree.map(lambda leaf: placed[leaf.path], leaves)
+
+
+def _with_prefix(source: tensor_files.Folder) -> tensor_files.Folder:
+  """Names of a model that was saved without its head as those of a whole one.
+
+  transformers leaves `model.` out of a base model's names, and adds it as it
+  loads one.
+  """
+  if not any(name.startswith(_PREFIX) for name in source.tensors):
+    source.tensors = {
+      name if name == _NAMES["head/kernel"] else _PREFIX + name: tensor
+      for name, tensor in source.tensors.items()
+    }
+  return source
 
 
 def _stacks(
@@ -241,7 +257,8 @@ def export(
     dtype: float32, float16 or bfloat16.
     shard_bytes: most bytes of a file.
     fields: all of config.json, where it is not to be ours.
-    side_files: such as a tokenizer, that are copied into it.
+    side_files: such as a tokenizer, that are copied into it; of a folder what
+      is in it.
 
   Raises:
     errors.UserError: the folder exists, or cannot be written; nothing of it is
@@ -259,7 +276,11 @@ def export(
       partial.mkdir(parents=True)
       _write_shards(partial, params, dtype, shard_bytes)
       for path in side_files:
-        places.copy_file(path, partial / path.name)
+        if path.is_dir():  # of chat templates
+          (partial / path.name).mkdir()
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+          where = partial / file.relative_to(path.parent).as_posix()
+          places.copy_file(file, where)
       fields = families.to_fields(config, dtype) if fields is None else fields
       text = json.dumps(dict(fields), indent=2)
       (partial / families.CONFIG_FILE).write_text(text + "\n")
@@ -300,6 +321,7 @@ def _write_shards(
     tensors = {name: _fetch(leaf, x, j, dtype) for name, leaf, x, j in shard}
     with places.made_here(folder / file) as path:
       safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+      path.chmod(_MODE)  # the library lets only the owner read
     weight_map |= dict.fromkeys(tensors, file)
   if len(shards) > 1:
     index = {"metadata": {"total_size": n_all}, "weight_map": weight_map}

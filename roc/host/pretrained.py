@@ -25,13 +25,15 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 OLD_TEMPLATE_FILE = "chat_template.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
+SPECIALS_FILE = "special_tokens_map.json"
 GENERATION_FILE = "generation_config.json"
 MODEL_FILE = "config.json"
 # What else an exported folder takes along, so that it reads like the first.
 FILES = (
   *(TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE, OLD_TEMPLATE_FILE),
-  *(GENERATION_FILE, "special_tokens_map.json", "added_tokens.json"),
-  *("vocab.json", "merges.txt"),
+  *(GENERATION_FILE, SPECIALS_FILE, "added_tokens.json"),
+  *("vocab.json", "merges.txt", TEMPLATE_FOLDER),
 )
 RANKS = "*.tiktoken"
 
@@ -48,9 +50,8 @@ def load_tokenizer(path: str | pathlib.Path) -> tokenizer_lib.Tokenizer:
   """Reads the tokenizer of a folder, or a `tokenizer.json` alone.
 
   Args:
-    path: a folder with `tokenizer.json` or a `.tiktoken` file, and if it has
-      them `tokenizer_config.json`, `chat_template.jinja` and
-      `generation_config.json`; or the first of these files.
+    path: a folder with `tokenizer.json` or a `.tiktoken` file, and what else
+      there is of `FILES`; or the first of these files.
 
   Raises:
     ValueError: there is no tokenizer, or a file cannot be read; names it.
@@ -63,7 +64,7 @@ def load_tokenizer(path: str | pathlib.Path) -> tokenizer_lib.Tokenizer:
   config = _read_json(path / CONFIG_FILE)
   published = tokenizer_lib.Published(
     templates=_templates(path, config),
-    named_tokens=_named_tokens(config),
+    named_tokens=_named_tokens(path, config),
     eos_ids=eos_ids(path),
   )
   ranks = sorted(path.glob(RANKS))
@@ -100,34 +101,64 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _templates(
   folder: pathlib.Path, config: Mapping[str, Any]
 ) -> dict[str, str]:
-  """Chat templates by name; a file of its own wins over the config's."""
-  path = folder / TEMPLATE_FILE
-  if path.exists():
-    try:
-      return {_DEFAULT: path.read_text(encoding="utf-8")}
-    except (OSError, UnicodeDecodeError) as e:
-      raise ValueError(f"{path} cannot be read: {e}") from e
-  config = dict(config) | _read_json(folder / OLD_TEMPLATE_FILE)
-  found = config.get("chat_template")
-  if found is None:
-    return {}
+  """Chat templates by name, as transformers finds them.
+
+  Files of their own hide what tokenizer_config.json says. `chat_template.json`,
+  which processors have, counts where there is nothing else.
+  """
+  others = sorted(folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+  files = {path.stem: path for path in others}
+  if (folder / TEMPLATE_FILE).exists():
+    files[_DEFAULT] = folder / TEMPLATE_FILE
+  found = {name: _read_text(path) for name, path in files.items()}
+  if _DEFAULT in found:
+    return found
+  for name, fields in (
+    (CONFIG_FILE, config),
+    (OLD_TEMPLATE_FILE, _read_json(folder / OLD_TEMPLATE_FILE)),
+  ):
+    if fields.get("chat_template") is not None:
+      return _named_templates(fields["chat_template"], folder / name) | found
+  return found
+
+
+def _named_templates(found: Any, path: pathlib.Path) -> dict[str, str]:
+  """Text, or a list of names and templates, or an object of them."""
   if isinstance(found, str):
     return {_DEFAULT: found}
-  try:
-    named = {entry["name"]: entry["template"] for entry in found}
-  except (TypeError, KeyError) as e:
+  named: list[tuple[Any, Any]] = [(None, None)]
+  if isinstance(found, dict):
+    named = list(found.items())
+  elif isinstance(found, list) and all(isinstance(x, dict) for x in found):
+    named = [(x.get("name"), x.get("template")) for x in found]
+  if not all(isinstance(x, str) for pair in named for x in pair):
     raise ValueError(
-      f"{folder / CONFIG_FILE}: chat_template must be text, or a list of names"
-      " and templates"
-    ) from e
-  return named
+      f"{path}: chat_template must be text, or a list of names and templates"
+    )
+  return dict(named)
 
 
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-  """`bos_token` and the like: text, or an object that describes the token."""
+def _read_text(path: pathlib.Path) -> str:
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise ValueError(f"{path} cannot be read: {e}") from e
+
+
+def _named_tokens(
+  folder: pathlib.Path, config: Mapping[str, Any]
+) -> dict[str, str]:
+  """`bos_token` and the like: text, or an object that describes the token.
+
+  Older folders have them in special_tokens_map.json, which transformers reads
+  where tokenizer_config.json does not describe the tokens that were added.
+  """
+  fields = dict(config)
+  if "added_tokens_decoder" not in config:
+    fields |= _read_json(folder / SPECIALS_FILE)
   found = {}
   for name in _NAMED:
-    value = config.get(name)
+    value = fields.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     if isinstance(value, str):
       found[name] = value

@@ -158,7 +158,8 @@ def read(
   """Finds a template.
 
   Args:
-    name: "" for the tokenizer's own; one of `NAMED`; or a file.
+    name: "" for the tokenizer's own; one of several that its folder names; one
+      of `NAMED`; or a file.
     tokenizer: whose tags it writes.
     has_tools: whether tools are offered, for which some folders have a template
       of its own (`tool_use`).
@@ -171,10 +172,13 @@ def read(
     for kind in ("tool_use", "default") if has_tools else ("default",):
       if kind in found:
         return ChatTemplate(found[kind], tokenizer)
+    others = [*found, *NAMED]
     raise ValueError(
-      "the tokenizer's folder has no chat template; name one of"
-      f" {', '.join(NAMED)}, or a file"
+      f"the tokenizer's folder has no{' default' if found else ''} chat"
+      f" template; name one of {', '.join(others)}, or a file"
     )
+  if name in tokenizer.published.templates:
+    return ChatTemplate(tokenizer.published.templates[name], tokenizer)
   path = _OWN / f"{name}.jinja" if name in NAMED else pathlib.Path(name)
   try:
     text = path.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from roc.device import engine as engine_lib
 from roc.device import families, model, sampling, sharding, weights
 
 MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
-FAMILIES = ("qwen2", "qwen3", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "yarn")
 
 
 def mesh(*shape):
@@ -232,6 +232,41 @@ def test_a_head_beside_a_tied_one_is_no_fault(folder):
   assert "head" not in params
 
 
+def test_a_model_saved_without_its_head(folder):
+  """Names then lack `model.`, as transformers writes and reads them."""
+  _, plain = load(folder)
+  bare = lambda tensors: {
+    k.removeprefix("model."): v for k, v in tensors.items()
+  }
+
+  def rename(tensors):
+    found = bare(tensors)
+    tensors.clear()
+    tensors.update(found)
+
+  rewrite(folder, rename)
+  fields = json.loads((folder / "config.json").read_text())
+  fields["architectures"] = ["Qwen3Model"]
+  (folder / "config.json").write_text(json.dumps(fields))
+  _, params = load(folder)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  # A head of its own is then missing, and said to be.
+  fields["tie_word_embeddings"] = False
+  (folder / "config.json").write_text(json.dumps(fields))
+  assert_refused(folder, "lacks lm_head.weight$")
+
+
+def test_two_sets_of_weights_are_refused(folder):
+  (folder / weights.INDEX_FILE).write_text(json.dumps(split(folder)))
+  load(folder)
+  shutil.copy(MODELS / "qwen3" / "model.safetensors", folder)
+  assert_refused(folder, "holds two sets of weights: model.safetensors beside")
+  (folder / "model.safetensors").unlink()
+  other = folder / "model-00001-of-00007.safetensors"
+  shutil.copy(MODELS / "qwen3" / "model.safetensors", other)
+  assert_refused(folder, "two sets of weights: model-00001-of-00007.safetensor")
+
+
 def test_a_tensor_of_another_shape_is_named(folder):
   name = "model.layers.1.mlp.up_proj.weight"
   rewrite(
@@ -386,10 +421,24 @@ def test_files_that_cannot_be_read(folder):
   index.symlink_to(index)
   assert_refused(folder, "index.json cannot be read: Too many levels of symb")
   index.unlink()
+  path.rmdir()
   loop = folder / "a.safetensors"
   loop.symlink_to(loop)
   index.write_text(json.dumps({"weight_map": {NORM: loop.name}}))
   assert_refused(folder, "a.safetensors cannot be read: Too many levels")
+
+
+def test_an_export_may_be_read_by_others(folder, tmp_path):
+  policy, params = load(folder)
+  templates = tmp_path / "additional_chat_templates"
+  templates.mkdir()
+  (templates / "rag.jinja").write_text("R")
+  out = tmp_path / "out"
+  weights.export(params, policy.config, out, side_files=[templates])
+  for path in out.iterdir():
+    if path.is_file():
+      assert path.stat().st_mode & 0o777 == 0o644, path.name
+  assert (out / templates.name / "rag.jinja").read_text() == "R"
 
 
 def test_exports_do_not_overwrite(folder):

@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from roc.host import pretrained
+from roc.host import pretrained, templates
 from roc.host import tokenizer as tokenizer_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -168,13 +168,46 @@ def test_a_template_of_its_own_file_wins(tmp_path):
   load = lambda: pretrained.load_tokenizer(path).published.templates
   assert load() == {"default": "D", "tool_use": "U"}
   (path / "chat_template.json").write_text('{"chat_template": "J"}')
-  assert load() == {"default": "J"}
+  assert load() == {"default": "D", "tool_use": "U"}
   (path / "chat_template.jinja").write_text("F")
   assert load() == {"default": "F"}
+  # As transformers saves several.
+  more = path / "additional_chat_templates"
+  more.mkdir()
+  (more / "tool_use.jinja").write_text("T")
+  (more / "rag.jinja").write_text("R")
+  assert load() == {"default": "F", "tool_use": "T", "rag": "R"}
+  found = pretrained.load_tokenizer(path)
+  text = lambda *args, **kwargs: templates.read(*args, **kwargs).text([])
+  assert text("", found) == "T" and text("", found, has_tools=False) == "F"
+  assert text("rag", found) == "R"
   (path / "chat_template.jinja").unlink()
+  assert load() == {"default": "D", "tool_use": "T", "rag": "R"}
+  shutil.rmtree(more)
+  config_file = path / "tokenizer_config.json"
+  config_file.write_text("{}")
+  assert load() == {"default": "J"}
   (path / "chat_template.json").write_text('{"chat_template": [1]}')
   with pytest.raises(ValueError, match="chat_template must be text"):
     load()
+
+
+def test_older_folders_name_their_tokens_elsewhere(tmp_path):
+  """special_tokens_map.json counts where added tokens are not described."""
+  path = folder(tmp_path / "a", config={"eos_token": "<|endoftext|>"})
+  tokenizer_lib.quickstart_tokenizer().save(path / "tokenizer.json")
+  named = lambda: pretrained.load_tokenizer(path).published.named_tokens
+  assert named() == {"eos_token": "<|endoftext|>"}
+  specials = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|pad|>"}
+  (path / "special_tokens_map.json").write_text(json.dumps(specials))
+  assert named() == {"eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+  config = {"eos_token": "<|endoftext|>", "added_tokens_decoder": {}}
+  (path / "tokenizer_config.json").write_text(json.dumps(config))
+  assert named() == {"eos_token": "<|endoftext|>"}
+  (path / "special_tokens_map.json").write_text("[")
+  (path / "tokenizer_config.json").unlink()
+  with pytest.raises(ValueError, match="special_tokens_map.json is not JSON"):
+    named()
 
 
 def test_the_shipped_files_are_unchanged(tmp_path):

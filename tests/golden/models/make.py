@@ -3,12 +3,13 @@
 Each is a random model of a family as Hugging Face saves it, with the outputs of
 transformers in float32 on a CPU: log-probs of given tokens and entropies of
 left- and of right-padded rows, and 24 greedy tokens behind each row. What lies
-here was made with transformers 5.12.1, torch 2.13.0, numpy 2.4.
+here was made with transformers 5.12.1 (yarn: 5.24.0), torch 2.13.0, numpy 2.4.
 
-  python tests/golden/models/make.py    (in an environment with these)
+  python tests/golden/models/make.py [NAMES]   (in an environment with these)
 """
 
 import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -36,6 +37,12 @@ LLAMA_SCALING = {
   "high_freq_factor": 4.0,
   "original_max_position_embeddings": 32,
 }
+YARN = {
+  "rope_type": "yarn",
+  "rope_theta": 1e6,
+  "factor": 4.0,
+  "original_max_position_embeddings": 16,
+}
 MODELS = {
   "qwen2": transformers.Qwen2Config(
     **SHARED, tie_word_embeddings=False, rope_theta=1e6
@@ -45,6 +52,9 @@ MODELS = {
   ),
   "llama": transformers.LlamaConfig(
     **SHARED, tie_word_embeddings=True, rope_parameters=LLAMA_SCALING
+  ),
+  "yarn": transformers.Qwen3Config(
+    **SHARED, tie_word_embeddings=True, head_dim=16, rope_parameters=YARN
   ),
 }
 
@@ -109,5 +119,5 @@ def make(name: str, config: transformers.PretrainedConfig) -> None:
 
 if __name__ == "__main__":
   with torch.no_grad():
-    for name, config in MODELS.items():
-      make(name, config)
+    for name in sys.argv[1:] or MODELS:
+      make(name, MODELS[name])
