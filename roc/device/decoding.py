@@ -1,10 +1,9 @@
 """The programs that the engine runs: feed tokens, draw tokens, copy pages.
 
-All shapes come from the config: one program of each kind is compiled (of
-drawing two, without groups and with), whatever prompts, tools and lengths are.
-Each works in one shape only, because XLA's CPU backend rounds differently for
-another number of rows, and what is drawn would depend on how many happened to
-be fed together.
+All shapes come from the config: one program of each kind is compiled, whatever
+prompts, tools and lengths are. Each works in one shape only, because XLA's CPU
+backend rounds differently for another number of rows, and what is drawn would
+depend on how many happened to be fed together.
 """
 
 import dataclasses
@@ -29,7 +28,6 @@ class Rows:
   pending_S: Any  # int32: next input token, not in the cache yet
   budget_S: Any  # int32: tokens it may still draw; 0: an idle slot
   key_S2: Any  # uint32: its random stream
-  groups: paged.Groups | None = None  # that share pages of their prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,6 @@ class Programs:
         is_live_S.astype(jnp.int32),
         length=1,
         page=c.page,
-        groups=rows.groups,
       )
       hidden_S1D, pool = self._policy.append(
         params, pool, pending_S[:, None], place

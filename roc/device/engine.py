@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from roc.device import decoding, engine_stats, paged, prefixes, sampling
+from roc.device import decoding, engine_stats, paged, sampling
 from roc.device import model as model_lib
 from roc.device import schedule as schedule_lib
 
@@ -95,12 +95,6 @@ class Engine:
     self._find_stop = find_stop
     self._schedule = schedule_lib.Schedule(config)
     self._programs = decoding.Programs(policy, config, stop_ids)
-    self._groups: prefixes.Shape | None = None
-    # Elsewhere a loop over groups costs more than it saves (H200: half as much
-    # again as a step without).
-    if config.share_prompts and jax.default_backend() == "cpu":
-      n_queries = policy.config.n_heads // policy.config.n_kv_heads
-      self._groups = prefixes.Shape.of(config.n_slots, n_queries)
     self._params: model_lib.Params | None = None
     # Committed, like the weights: jit compiles once more for every other
     # placement of its arguments.
@@ -313,7 +307,7 @@ class Engine:
     if not flight.handles:
       return
     S = self.config.n_slots
-    rows = self._no_slots(self._grouped(flight.handles))
+    rows = self._no_slots()
     for slot, handle in enumerate(flight.handles):
       r = self._schedule.rollouts[handle]
       rows.table_SJ[slot] = r.table_J
@@ -328,15 +322,7 @@ class Engine:
       self._params, self._pool, rows, most_idle
     )
 
-  def _grouped(self, handles: Sequence[int]) -> paged.Groups | None:
-    """Groups of the slots whose rollouts share pages, if any do."""
-    if self._groups is None:
-      return None
-    prefix_of_slot = [self._schedule.shared_pages(h) for h in handles]
-    S, J = self.config.n_slots, self._schedule.n_columns
-    return prefixes.group(self._groups, S, prefix_of_slot, J)
-
-  def _no_slots(self, groups: paged.Groups | None = None) -> decoding.Rows:
+  def _no_slots(self) -> decoding.Rows:
     S, J = self.config.n_slots, self._schedule.n_columns
     return decoding.Rows(
       np.full((S, J), paged.NO_PAGE, np.int32),
@@ -344,7 +330,6 @@ class Engine:
       np.zeros(S, np.int32),
       np.zeros(S, np.int32),
       np.zeros((S, 2), np.uint32),
-      groups,
     )
 
   def _take_in(
@@ -382,12 +367,7 @@ class Engine:
     )
     none_R = np.full(self.config.extend_rows, paged.NO_PAGE, np.int32)
     self._pool = self._programs.copy(self._pool, none_R, none_R)
-    some_groups: list[paged.Groups | None] = [None]
-    if self._groups is not None:
-      S, J = self.config.n_slots, self._schedule.n_columns
-      some_groups.append(prefixes.no_groups(self._groups, S, J))
-    for groups in some_groups:
-      self._pool, chunk = self._programs.draw(
-        self._params, self._pool, self._no_slots(groups), np.int32(1)
-      )
-      jax.block_until_ready(chunk)
+    self._pool, chunk = self._programs.draw(
+      self._params, self._pool, self._no_slots(), np.int32(1)
+    )
+    jax.block_until_ready(chunk)

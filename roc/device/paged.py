@@ -9,14 +9,11 @@ and taken up again by keeping its table.
 Attention walks over the table's columns with a running softmax (as
 FlashAttention, arXiv 2205.14135) and stops after the last filled page of the
 longest row. A page that a row may not see contributes an exact zero, so what
-comes out for a row does not depend on how long the others are. Pages that rows
-share can be read once for all of them (`Groups`; as Hydragen, arXiv 2402.05099,
-splits attention), in the same order and with the same bits.
+comes out for a row does not depend on how long the others are.
 """
 
 import dataclasses
-import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +26,6 @@ _NEG_INF = -1e30
 AnyPool = TypeVar("AnyPool")
 
 NO_PAGE = -1  # in a table: nothing there; writes to it are dropped
-ALONE = -1  # in `Groups`: a row that is in no group
-_GROUPS_AT_ONCE = 4
-
-# The running softmax: largest logit and mass [B, K, M], output [B, K, M, E].
-_State = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +38,6 @@ class Pool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
-  """Rows that begin with the same full pages, N groups of up to G rows."""
-
-  table_NJ: Any  # int32: the pages
-  n_columns_N: Any  # int32: how many; 0: an empty group, behind the others
-  row_NG: Any  # int32: the rows; anything where there are fewer
-  place_B: Any  # int32: where a row stands in row_NG, flattened; or ALONE
-
-
-@dataclasses.dataclass(frozen=True)
 class Place:
   """Where the tokens of one call go and what they may see."""
 
@@ -63,10 +45,9 @@ class Place:
   page_BT: jax.Array  # int32: page written to; NO_PAGE for padding
   table_BJ: jax.Array  # int32
   n_columns: jax.Array  # int32 []: table columns that anyone may see
-  groups: Groups | None = None  # None: every row reads all its pages itself
 
 
-for _cls in (Pool, Groups, Place):
+for _cls in (Pool, Place):
   jax.tree_util.register_dataclass(
     _cls,
     data_fields=[f.name for f in dataclasses.fields(_cls)],
@@ -97,7 +78,6 @@ def place(
   *,
   length: int,
   page: int,
-  groups: Groups | None = None,
 ) -> Place:
   """Places `n_B` new tokens of each row behind the `start_B` it holds.
 
@@ -107,7 +87,6 @@ def place(
     n_B: real tokens of this call; those from there on are padding.
     length: T, tokens a row in this call.
     page: Z.
-    groups: of the rows.
   """
   step_T = jnp.arange(length)
   position_BT = start_B[:, None] + step_T[None]
@@ -116,7 +95,7 @@ def place(
   page_BT = jnp.where(step_T[None] < n_B[:, None], page_BT, NO_PAGE)
   last_B = jnp.where(n_B > 0, start_B + n_B - 1, -1)
   n_columns = jnp.max(last_B) // page + 1
-  return Place(position_BT, page_BT, table_BJ, n_columns, groups)
+  return Place(position_BT, page_BT, table_BJ, n_columns)
 
 
 def attend(
@@ -165,109 +144,18 @@ def _read(pool: Pool, place: Place, layer, q_BTHE) -> jax.Array:
   # Queries that share keys side by side: M = H / K * T of them.
   q_BKME = q_BTHE.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
   q_BKME = q_BKME.reshape(B, K, -1, E) * E**-0.5
-  last_BM = jnp.tile(place.position_BT, (1, H // K))
-  first_B, state = None, _nothing_read(q_BKME.shape)
-  first_column = 0
-  if place.groups is not None:
-    own_B = _own_columns(place.groups)
-    first_B = own_B * Z
-    is_live_B = place.page_BT[:, 0] != NO_PAGE
-    first_column = jnp.min(jnp.where(is_live_B, own_B, place.n_columns))
-    state = _read_groups(pool, place.groups, layer, q_BKME)
-  _, mass_BKM, out_BKME = _walk(
-    pool,
-    layer,
-    q_BKME,
-    place.table_BJ,
-    (first_column, place.n_columns),
-    (first_B, last_BM),
-    state,
-  )
-  # A call without any real token reads no page.
-  out_BKME /= jnp.maximum(mass_BKM, 1e-30)[..., None]
+  out_BKME = _walk(pool, place, layer, q_BKME)
   out = out_BKME.reshape(B, K, H // K, T, E).transpose(0, 3, 1, 2, 4)
   return out.reshape(B, T, H, E)
 
 
-def _read_groups(pool: Pool, groups: Groups, layer, q_BKME) -> _State:
-  """What rows in groups make of the pages that they share."""
+def _walk(pool: Pool, place: Place, layer, q_BKME: jax.Array) -> jax.Array:
+  """Attends to one table column after the other, with a running softmax."""
   B, K, M, E = q_BKME.shape
-  N, G = groups.row_NG.shape
-  q_NGKME = jnp.take(q_BKME, groups.row_NG, axis=0, mode="clip")
-  q_NKME = q_NGKME.transpose(0, 2, 1, 3, 4).reshape(N, K, G * M, E)
-  last_N = groups.n_columns_N * pool.v_LPKZE.shape[3] - 1
-  last_NM = jnp.broadcast_to(last_N[:, None], (N, G * M))
-  W = math.gcd(N, _GROUPS_AT_ONCE)
-
-  def some(i, state):
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, i * W, W)
-    part = _walk(
-      pool,
-      layer,
-      cut(q_NKME),
-      cut(groups.table_NJ),
-      (0, jnp.max(cut(groups.n_columns_N))),
-      (None, cut(last_NM)),
-      jax.tree.map(cut, state),
-    )
-    put = lambda x, x_W: jax.lax.dynamic_update_slice_in_dim(x, x_W, i * W, 0)
-    return jax.tree.map(put, state, part)
-
-  # Groups in use come first.
-  n_used = jnp.sum(groups.n_columns_N > 0)
-  n_times = (n_used + W - 1) // W
-  state = jax.lax.fori_loop(0, n_times, some, _nothing_read(q_NKME.shape))
-
-  def to_rows(x_NKM, nothing_BKM):
-    rest = x_NKM.shape[3:]
-    x_NGKM = jnp.moveaxis(x_NKM.reshape(N, K, G, M, *rest), 2, 1)
-    x_BKM = jnp.take(
-      x_NGKM.reshape(N * G, K, M, *rest), groups.place_B, axis=0, mode="clip"
-    )
-    is_alone_B = groups.place_B == ALONE
-    is_alone_B = is_alone_B.reshape(B, *[1] * (x_BKM.ndim - 1))
-    return jnp.where(is_alone_B, nothing_BKM, x_BKM)
-
-  return jax.tree.map(to_rows, state, _nothing_read(q_BKME.shape))
-
-
-def _own_columns(groups: Groups) -> jax.Array:
-  """The first table column that each row has to read itself."""
-  G = groups.row_NG.shape[1]
-  group_B = jnp.maximum(groups.place_B, 0) // G
-  return jnp.where(groups.place_B == ALONE, 0, groups.n_columns_N[group_B])
-
-
-def _nothing_read(shape: tuple[int, ...]) -> _State:
-  zero_BKM = jnp.zeros(shape[:3], jnp.float32)
-  return zero_BKM + _NEG_INF, zero_BKM, jnp.zeros(shape, jnp.float32)
-
-
-def _walk(
-  pool: Pool,
-  layer: jax.Array,
-  q_BKME: jax.Array,
-  table_BJ: jax.Array,
-  columns: tuple[Any, Any],
-  entries: tuple[jax.Array | None, jax.Array],
-  state: _State,
-) -> _State:
-  """Attends to one table column after the other.
-
-  Args:
-    pool: of all layers.
-    layer: int32 [], whose pages.
-    q_BKME: queries, scaled.
-    table_BJ: pages of each row.
-    columns: from which column to before which one.
-    entries: the first that a row sees [B] (None: 0), and the last that each of
-      its queries sees [B, M].
-    state: of what was seen before.
-  """
-  Z, W = pool.v_LPKZE.shape[3], _columns_at_once(table_BJ.shape[1])
-  table_BJ = own_pages(table_BJ)
+  Z, W = pool.v_LPKZE.shape[3], _columns_at_once(place.table_BJ.shape[1])
+  table_BJ = own_pages(place.table_BJ)
   table_BJ = jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % W)), "edge")
-  first_B, last_BM = entries
+  last_BM = jnp.tile(place.position_BT, (1, M // place.position_BT.shape[1]))
   dtype = pool.v_LPKZE.dtype
 
   def some(i, state):
@@ -278,8 +166,6 @@ def _walk(
     logits_BKMWZ = products.product("bkme,bwkez->bkmwz", dtype, q_BKME, k_BWKEZ)
     entry_WZ = (i * W * Z + jnp.arange(W * Z)).reshape(1, 1, W, Z)
     may_BMWZ = entry_WZ <= last_BM[..., None, None]
-    if first_B is not None:
-      may_BMWZ &= entry_WZ >= first_B[:, None, None, None]
     logits_BKMWZ = jnp.where(may_BMWZ[:, None], logits_BKMWZ, _NEG_INF)
     most_BKM = products.top(jnp.max(logits_BKMWZ, axis=(-2, -1)), dtype)
     new_BKM = jnp.maximum(top_BKM, most_BKM)
@@ -289,10 +175,16 @@ def _walk(
     part_BKME = products.product("bkmwz,bwkze->bkme", dtype, p_BKMWZ, v_BWKZE)
     return new_BKM, mass_BKM, out_BKME * fade_BKM[..., None] + part_BKME
 
-  first, end = columns
+  zero_BKM = jnp.zeros((B, K, M), jnp.float32)
+  state = zero_BKM + _NEG_INF, zero_BKM, jnp.zeros((B, K, M, E), jnp.float32)
   if table_BJ.shape[1] == W:
-    return some(0, state)
-  return jax.lax.fori_loop(first // W, (end + W - 1) // W, some, state)
+    state = some(0, state)
+  else:
+    n_turns = (place.n_columns + W - 1) // W
+    state = jax.lax.fori_loop(0, n_turns, some, state)
+  _, mass_BKM, out_BKME = state
+  # A call without any real token reads no page.
+  return out_BKME / jnp.maximum(mass_BKM, 1e-30)[..., None]
 
 
 def _columns_at_once(J: int) -> int:

@@ -264,12 +264,6 @@ class Schedule:
         handles.append(handle)
     return handles
 
-  def shared_pages(self, handle: int) -> np.ndarray:
-    """The pages at the head of a rollout's table that others share."""
-    r = self.rollouts[handle]
-    n_pages = r.prompt.length // self.config.page if r.prompt else 0
-    return r.table_J[:n_pages]
-
   @property
   def can_any_draw(self) -> bool:
     """Whether some rollout waits for nothing but a slot."""

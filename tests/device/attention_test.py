@@ -218,6 +218,32 @@ def test_paged_kernel_equals_plain(kernel, T, n_B):
     assert is_new.sum() == n.sum() and is_new[layer].sum() == n.sum()
 
 
+@pytest.mark.parametrize("n_at_once", [2, 4])
+def test_columns_at_once_agree_with_one_by_one(monkeypatch, n_at_once):
+  """As on a GPU: two turns of two columns, or all four in one."""
+  rng = np.random.default_rng(0)
+  rows, n_columns = 6, 4
+  pool = paged.empty(1, rows * n_columns, Z, K, E, jnp.float32)
+  pool = jax.tree.map(lambda x: jnp.asarray(draw(rng, *x.shape)), pool)
+  table_BJ = rng.permutation(rows * n_columns).reshape(rows, n_columns)
+  start_B = rng.integers(0, n_columns * Z, rows)
+  n_B = np.array([1, 1, 0, 1, 1, 1])
+  args = (draw(rng, rows, 1, n, E) for n in (H, K, K))
+  q_BTHE, k_BTKE, v_BTKE = map(jnp.asarray, args)
+
+  def attend():
+    place = paged.place(table_BJ, start_B, n_B, length=1, page=Z)
+    out_BTHE, _ = paged.attend(
+      pool, place, jnp.int32(0), q_BTHE, k_BTKE, v_BTKE
+    )
+    return np.asarray(out_BTHE)[n_B > 0]
+
+  want = attend()
+  monkeypatch.setattr(paged, "_columns_at_once", lambda J: n_at_once)
+  np.testing.assert_allclose(attend(), want, atol=1e-6)
+
+
+@pytest.mark.bits
 @pytest.mark.parametrize("lib", [paged, paged_tpu])
 def test_rows_read_no_page_of_others(kernel, lib):
   """Whatever stands in them, even what is not a number."""

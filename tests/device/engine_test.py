@@ -239,6 +239,7 @@ def assert_same_bits(records, others):
     assert a.logps == b.logps
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("seed", range(6))
 def test_schedule_does_not_change_a_bit(engine, jobs, plain, seed):
   """Any order of submission, any tool latency."""
@@ -253,6 +254,7 @@ def test_schedule_does_not_change_a_bit(engine, jobs, plain, seed):
   assert_same_bits(plain[0], records)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
   "changes",
   [
@@ -296,6 +298,7 @@ def test_other_slot_counts_agree_closely(policy, params, jobs, plain, n_slots):
       np.testing.assert_allclose(a.logps, b.logps, atol=1e-4)
 
 
+@pytest.mark.bits
 def test_other_slots_do_not_change_a_bit(engine, jobs, plain):
   """Rollouts that sit in other slots, released in the middle of a turn."""
   slots = engine.submit([jobs[3].request, jobs[4].request])
@@ -306,6 +309,7 @@ def test_other_slots_do_not_change_a_bit(engine, jobs, plain):
   assert_same_bits(plain[0][:2], records)
 
 
+@pytest.mark.bits
 def test_weights_from_a_mesh_are_the_same_weights(engine, params, jobs, plain):
   """However training lays them out, the engine samples on its own device."""
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
@@ -470,8 +474,8 @@ def test_chunks_are_collected_one_by_one(engine, jobs):
 def test_nothing_is_compiled_after_the_start(policy, params, jobs):
   fresh = engine_lib.Engine(policy, CONFIG, STOP_IDS)
   fresh.set_params(params)
-  # Feed, draw (alone and in groups) and copy.
-  assert fresh.stats() == {"compilations": 4}
+  # Feed, draw and copy.
+  assert fresh.stats() == {"compilations": 3}
   drive(fresh, jobs, order=[6, 5, 4, 3, 2, 1, 0], delay=lambda j, t: j)
   fresh.set_params(jax.tree.map(lambda x: x * 1.01, params))
   drive(fresh, jobs[:3])
