@@ -189,6 +189,7 @@ def assert_same_run(workdir, other):
   assert list((workdir / "checkpoints").glob("unfinished_*")) == []
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_killed_once(env, tmp_path):
   """From fresh weights; killed while the first checkpoint is written."""
@@ -204,6 +205,7 @@ def test_killed_once(env, tmp_path):
   assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_adapters_killed(env, supervised, tmp_path):
   """Adapters alone are saved; the base is found again."""

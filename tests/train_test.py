@@ -302,6 +302,7 @@ def test_a_set_smaller_than_a_step(tmp_path):
 # -------------------------------------------------------------------- resume
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_resumed_run_is_the_same_run(ran, tmp_path, monkeypatch, capsys):
   with monkeypatch.context() as patch:
@@ -325,6 +326,7 @@ def test_resumed_run_is_the_same_run(ran, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_killed_before_the_first_checkpoint(ran, tmp_path, monkeypatch):
   """Nothing is saved yet: the run starts over, in the same directory."""
@@ -340,6 +342,7 @@ def test_killed_before_the_first_checkpoint(ran, tmp_path, monkeypatch):
   assert rows_of(tmp_path) == rows_of(ran.train)[:2]
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_resumed_supervised_run_is_the_same_run(ran, tmp_path, monkeypatch):
   cfg = settings()
@@ -379,6 +382,7 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_run(ran):
 # ------------------------------------------------------------------ adapters
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 def test_adapters_on_a_frozen_base(ran, tmp_path, monkeypatch):
   """Sampled with, resumed, and evaluated as the run itself does."""

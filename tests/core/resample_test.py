@@ -517,6 +517,7 @@ def test_neighbours_do_not_matter_but_key_and_group_do(mode):
   assert (ask(1, group_id) != keep).any()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("mode", CHOOSING_MODES)
 def test_jit_equals_eager_and_eight_devices_equal_one(mode):
   outcome, p, ids = groups(40, 16, seed=10, void_share=0.1)

@@ -98,6 +98,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
   assert [p.name for p in (tmp_path / "c").iterdir()] == ["step_00000004"]
 
 
+@pytest.mark.bits
 def test_restores_onto_another_mesh(tmp_path):
   def sharded(shape, names, spec):
     mesh = jax.make_mesh(

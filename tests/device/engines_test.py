@@ -26,6 +26,7 @@ def engines(policy, params):
   assert made.n_rollouts == 0
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("seed", [0, 1])
 def test_they_draw_the_same_bits(engines, jobs, plain, seed):
   rng = np.random.default_rng(seed)
