@@ -30,6 +30,10 @@ class Survey:
   n_zombies: int
 
 
+_DEEPEST = 64  # directories below a call's own
+_LONGEST = 3500  # of a path; the kernel takes 4,096 bytes, the name included
+
+
 def survey(tops: Iterable[int], at_most: int) -> Survey:
   """Returns processes and all below them; the walk ends past `at_most`."""
   pids: list[int] = []
@@ -122,20 +126,26 @@ def _shared_kb(pid: int) -> dict[bytes, int]:
 def is_over_disk(root: str, n_bytes: int, n_entries: int) -> bool:
   """Whether a directory holds more than that; follows no link.
 
+  Directories that are nested so deeply that the walk would be slow, or that no
+  path can name, are too many as well.
+
   Args:
     root: the directory; what a program hides from us counts as nothing.
     n_bytes: that all files may take together.
     n_entries: that there may be; the walk ends when there are more.
   """
-  folders, seen, size = [root], 0, 0
+  folders, seen, size = [(root, 0)], 0, 0
   while folders:
-    with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+    folder, depth = folders.pop()
+    if depth > _DEEPEST or len(folder) > _LONGEST:
+      return True
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
       for entry in entries:
         seen += 1
         with contextlib.suppress(OSError):
           size += entry.stat(follow_symlinks=False).st_blocks * 512
           if entry.is_dir(follow_symlinks=False):
-            folders.append(entry.path)
+            folders.append((entry.path, depth + 1))
         if seen > n_entries or size > n_bytes:
           return True
   return False
