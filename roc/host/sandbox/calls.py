@@ -1,6 +1,5 @@
 """One call on the trainer's side, from `submit` until its future is done."""
 
-import base64
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -8,20 +7,25 @@ import operator
 import time
 
 from roc import layout
-from roc.host.sandbox import contract
+from roc.host.sandbox import contract, payload, routing
 
 Future = concurrent.futures.Future[contract.ToolResult]
 
 
 @dataclasses.dataclass(eq=False)
 class Call:
-  """A submitted call; `retries` counts supervisors that it was lost with."""
+  """A submitted call; `retries` counts supervisors that it was lost with.
+
+  `message` asks a supervisor to run it; code and input go with it in files.
+  """
 
   id: int
   trajectory: contract.Trajectory
   message: dict
   future: Future
   submitted: float
+  code: str = ""
+  stdin: bytes = b""
   retries: int = 0
   is_cancelled: bool = False
 
@@ -47,13 +51,25 @@ class Call:
       "id": call_id,
       "tool": tool,
       "session": session_name(trajectory) if tool == "session" else "",
-      "code": code,
-      "stdin": base64.b64encode(contract.stdin_bytes(stdin)).decode("ascii"),
+      "image": routing.image_for(code),
       "limits": limits.to_json(),
       "seed": seed,
     }
     future: Future = concurrent.futures.Future()
-    return cls(call_id, trajectory, message, future, time.monotonic())
+    data = contract.stdin_bytes(stdin)
+    start = time.monotonic()
+    return cls(call_id, trajectory, message, future, start, code, data)
+
+  def program(self) -> payload.Program:
+    """Returns code and input as files in memory, which are the caller's.
+
+    The supervisor passes them on without a look: no length of either costs it
+    time that other calls wait for.
+
+    Raises:
+      OSError: there are too many open files, or no memory.
+    """
+    return payload.Program.pack(self.code, self.stdin)
 
   def infra(
     self, why: str, tier: str, cause: str = "sandbox"

@@ -15,7 +15,8 @@ from roc import layout
 TIERS = ("process", "filtered", "confined", "isolated", "external")
 TOOLS = ("python", "session")
 MAX_STDIN_BYTES = 16 << 20
-_MAX_TEXT_BYTES = 2 << 20  # what fits a message when every byte is escaped
+_MAX_CODE_BYTES = 2 << 20
+_MAX_OUTPUT_BYTES = 1 << 15  # more would hold up the supervisor
 
 Trajectory = str | int | tuple  # stable id of a rollout
 
@@ -85,11 +86,13 @@ class Limits:
         raise ValueError(
           f"Limits.{field.name} must be positive and finite, found {value!r}"
         )
-    for name in ("output_bytes", "code_bytes"):
-      if getattr(self, name) > _MAX_TEXT_BYTES:
+    for name, most in (
+      ("output_bytes", _MAX_OUTPUT_BYTES),
+      ("code_bytes", _MAX_CODE_BYTES),
+    ):
+      if getattr(self, name) > most:
         raise ValueError(
-          f"Limits.{name} must be at most {_MAX_TEXT_BYTES}, found"
-          f" {getattr(self, name)}"
+          f"Limits.{name} must be at most {most}, found {getattr(self, name)}"
         )
     if self.n_files < 8:
       raise ValueError(

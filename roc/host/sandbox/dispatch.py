@@ -8,11 +8,18 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 
 from roc import layout
-from roc.host.sandbox import calls, contract, figures, link, waiting
+from roc.host.sandbox import (
+  calls,
+  contract,
+  figures,
+  link,
+  masking,
+  waiting,
+)
 
 _RESTART_PAUSES_S = (0.0, 0.2, 1.0)
 _LATE_LOOK_S = 0.25  # between two looks for calls that have waited too long
@@ -175,11 +182,11 @@ class Dispatcher:
     call.is_cancelled = True
     self._tell({"op": "cancel", "id": call.id})
 
-  def _tell(self, message: dict) -> None:
+  def _tell(self, message: dict, fds: Sequence[int] = ()) -> None:
     """Sends to the supervisor; the pump sees to one that is gone."""
     with contextlib.suppress(OSError):
       if self.link is not None:
-        self.link.send(message)
+        self.link.send(message, fds)
 
   def _dispatch(self) -> None:
     """Sends what the supervisor may hold; the lock is held."""
@@ -187,15 +194,22 @@ class Dispatcher:
       call = self._queue.pop(self._busy)
       if call is None:
         return
+      try:
+        program = call.program()
+      except OSError:  # out of descriptors for the moment
+        self._queue.push_first(call)
+        return
       self._has_room.notify()
       is_first = call.retries == 0
       if is_first and not call.future.set_running_or_notify_cancel():
+        program.close()
         continue
       self._sent[call.id] = call
       if call.session:
         self._busy.add(call.session)
         self._opened.add(call.session)
-      self._tell(call.message)
+      self._tell(call.message, program.fds)
+      program.close()
 
   # ------------------------------------------------------------------ results
 
@@ -218,6 +232,7 @@ class Dispatcher:
       with self._lock:
         late = self._queue.take_late(self._queue_timeout_s)
         self._has_room.notify_all()
+        self._dispatch()
       self.fail(late, "the call waited too long in the queue", "queue")
     return None if self._is_closing else bool(self._sent)
 
@@ -237,7 +252,14 @@ class Dispatcher:
       if call.session:
         self._note_session(call, is_fault)
       self._dispatch()
-    result = dataclasses.replace(result, tier=self.tier, retries=call.retries)
+    result = dataclasses.replace(
+      result,
+      # Not the supervisor's work, whose time is everybody's.
+      stdout=masking.mask_addresses(result.stdout),
+      stderr=masking.mask_addresses(result.stderr),
+      tier=self.tier,
+      retries=call.retries,
+    )
     waited = (time.monotonic() - call.submitted) * 1e3 - result.wall_ms
     self.resolve(call.future, result, waited)
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from roc.host.sandbox import confine, contract, linux, scratch, wire
 
@@ -136,14 +136,16 @@ class Link:
     """Process id of the supervisor's parent, which is this process' child."""
     return self._process.pid
 
-  def send(self, message: dict) -> None:
-    """Sends one message.
+  def send(self, message: dict, fds: Sequence[int] = ()) -> None:
+    """Sends one message, with descriptors that stay the caller's.
 
     Raises:
       OSError: the supervisor is gone or has not read for many seconds.
     """
+    data = wire.pack({**message, "n_fds": len(fds)})
     with self._send_lock:
-      self._socket.sendall(wire.pack(message))
+      n_sent = socket.send_fds(self._socket, [data], fds) if fds else 0
+      self._socket.sendall(data[n_sent:])
 
   def receive(self, timeout_s: float) -> list[dict] | None:
     """Returns the messages that came, [] after the timeout, None at the end."""

@@ -138,12 +138,6 @@ def flush_c_streams() -> None:
   _libc.fflush(None)
 
 
-def trim_memory() -> None:
-  """Gives freed memory back, where the C library is one that keeps it."""
-  with contextlib.suppress(AttributeError):
-    _libc.malloc_trim(0)
-
-
 def collapse_memory() -> None:
   """Puts this process' memory on huge pages, where the kernel can.
 

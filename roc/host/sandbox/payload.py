@@ -7,6 +7,7 @@ nobody may ever read; a file in memory does, so stdin comes in one too.
 """
 
 import ctypes
+import dataclasses
 import mmap
 import os
 import tempfile
@@ -47,6 +48,56 @@ def stdin_file(data: bytes) -> int:
   fd = memory_file("stdin", data)
   os.lseek(fd, 0, os.SEEK_SET)
   return fd
+
+
+@dataclasses.dataclass
+class Program:
+  """A call's files on their way to its process; -1 for none.
+
+  Attributes:
+    job_fd: the job file.
+    stdin_fd: what the program reads.
+  """
+
+  job_fd: int
+  stdin_fd: int = -1
+
+  @classmethod
+  def pack(cls, code: str, stdin: bytes) -> "Program":
+    """Returns the files of new code.
+
+    Raises:
+      OSError: there are too many open files, or no memory.
+    """
+    packed = cls(job_file(code))
+    if stdin:
+      try:
+        packed.stdin_fd = stdin_file(stdin)
+      except OSError:
+        packed.close()
+        raise
+    return packed
+
+  @property
+  def fds(self) -> list[int]:
+    """The descriptors in use, the job file's first."""
+    return [fd for fd in (self.job_fd, self.stdin_fd) if fd >= 0]
+
+  def take_job(self) -> int:
+    """Returns the job file, which is the caller's to close from now on."""
+    fd, self.job_fd = self.job_fd, -1
+    return fd
+
+  def take_stdin(self) -> list[int]:
+    """Returns the input, if there is one, which is the caller's to close."""
+    fd, self.stdin_fd = self.stdin_fd, -1
+    return [fd] if fd >= 0 else []
+
+  def close(self) -> None:
+    """Gives back what nobody has taken."""
+    for fd in (self.take_job(), *self.take_stdin()):
+      if fd >= 0:
+        os.close(fd)
 
 
 def job_file(code: str) -> int:

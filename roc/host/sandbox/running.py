@@ -12,7 +12,6 @@ from roc.host.sandbox import (
   contract,
   linux,
   loop,
-  masking,
   payload,
   verdict,
   watch,
@@ -102,7 +101,7 @@ class Stream:
     if b"/" in data:
       for path, shown in hidden:
         data = data.replace(path, shown)
-    return masking.mask_addresses(data.decode("utf-8", "replace"))
+    return data.decode("utf-8", "replace")
 
   def hand_over(self) -> int:
     """Returns the writing end, which is the caller's to close from now on."""
@@ -193,8 +192,10 @@ class Running:
   started: float = 0.0
   wall_by: float = 0.0
   memory: watch.Memory = dataclasses.field(default_factory=watch.Memory)
+  disk: watch.Disk = dataclasses.field(init=False)
   next_look: float = 0.0
   next_disk_look: float = 0.0
+  is_last_look: bool = False
   setup_failure: str = ""
   killed_for: layout.ToolStatus | None = None
   killed_cause: str = ""
@@ -204,9 +205,20 @@ class Running:
   cpu_s: float = 0.0
   max_rss_kb: int = 0
 
+  def __post_init__(self):
+    self.live_in(self.scratch)
+
+  def live_in(self, scratch: str) -> None:
+    """Notes its directory on disk; "" where that is in memory."""
+    self.scratch = scratch
+    n_bytes = self.limits.disk_mb << 20
+    self.disk = watch.Disk(scratch, n_bytes, self.limits.n_entries)
+
   @classmethod
-  def open(cls, call_id: int, limits: contract.Limits, code: str) -> "Running":
-    """Makes the pipes and the job file of a call to be forked.
+  def open(
+    cls, call_id: int, limits: contract.Limits, program: payload.Program
+  ) -> "Running":
+    """Makes the pipes of a call to be forked and takes its job file.
 
     Raises:
       OSError: the machine is out of descriptors or memory.
@@ -216,19 +228,16 @@ class Running:
       undo.callback(stdout.close)
       stderr = Stream.open(limits.output_bytes)
       undo.callback(stderr.close)
-      job_fd = payload.job_file(code)
       undo.pop_all()
-    return cls(call_id, limits, job_fd, stdout, stderr)
+    return cls(call_id, limits, program.take_job(), stdout, stderr)
 
-  def fds_for_child(self, stdin: bytes) -> list[int]:
+  def fds_for_child(self, program: payload.Program) -> list[int]:
     """Returns what `child.Job` wants; the caller closes them.
 
     Raises:
       OSError: the machine is out of descriptors or memory.
     """
-    fds = [os.dup(self.job_fd)]
-    if stdin:
-      fds.append(payload.stdin_file(stdin))
+    fds = [os.dup(self.job_fd), *program.take_stdin()]
     return [self.stdout.hand_over(), self.stderr.hand_over(), *fds]
 
   def began(self, pid: int) -> None:
@@ -268,8 +277,12 @@ class Running:
     total_kb = limits.total_memory_mb << 10
     if self.memory.is_over(pids, self.space_kb, self.base_kb, total_kb):
       return layout.ToolStatus.MEMORY, "total"
-    if now >= self.next_disk_look and self.is_over_disk():
-      return layout.ToolStatus.RESOURCE, "disk"
+    if now >= self.next_disk_look:
+      is_over = self.disk.look()
+      if is_over:
+        return layout.ToolStatus.RESOURCE, "disk"
+      if is_over is not None:
+        self.next_disk_look = now + _DISK_LOOK_S
     return None
 
   def read_output(
@@ -301,12 +314,20 @@ class Running:
       if stream.is_watched:
         events.unwatch(stream.read_fd)
 
-  def is_over_disk(self) -> bool:
-    """Whether its directory on disk holds too much."""
-    self.next_disk_look = time.monotonic() + _DISK_LOOK_S
-    return bool(self.scratch) and watch.is_over_disk(
-      self.scratch, self.limits.disk_mb << 20, self.limits.n_entries
-    )
+  def has_settled_disk(self) -> bool:
+    """Looks at its directory on disk once more; True when that is done.
+
+    To be asked again until then, when the call's last process is dead.
+    """
+    if self.killed_for is not None or not self.is_ended:
+      return True
+    if not self.is_last_look:
+      self.is_last_look = True
+      self.disk.restart()
+    is_over = self.disk.look()
+    if is_over:
+      self.book(layout.ToolStatus.RESOURCE, "disk")
+    return is_over is not None
 
   def book(self, why: layout.ToolStatus, cause: str) -> None:
     """Notes why the supervisor kills the call; the first reason stands."""

@@ -10,7 +10,6 @@ from roc.host.sandbox import (
   contract,
   linux,
   loop,
-  routing,
   running,
   scratch,
 )
@@ -58,23 +57,25 @@ class Scripts:
       try:
         place = self._places.make(uid)
         undo.callback(self._places.discard, place)
-        call = running.Running.open(message["id"], limits, message["code"])
+        undo.callback(message["program"].close)
+        call = running.Running.open(message["id"], limits, message["program"])
         undo.callback(call.close)
-        fds = call.fds_for_child(message["stdin"])
+        fds = call.fds_for_child(message["program"])
       except OSError as error:
         self._births.give_uid(uid)
         why = f"the sandbox could not start a process: {error.strerror}"
         self._answer(message["id"], contract.infra(why))
         return
       undo.pop_all()
-    call.tag, call.uid, call.scratch = tag, uid, place
+    call.tag, call.uid = tag, uid
+    call.live_in(place)
     call.hidden = self._places.hidden(place)
     self._calls[call.id] = call
     request = births_lib.request_for(
       "python", message["limits"], message["seed"], tag, place, uid
     )
     call.birth = self._births.begin(
-      routing.image_for(message["code"]),
+      message["image"],
       request,
       fds,
       lambda why: setattr(call, "setup_failure", why),
@@ -141,7 +142,8 @@ class Scripts:
 
   def _look_at(self, call: running.Running, now: float) -> None:
     if call.is_ended:
-      if self._is_drained(call) or now > call.ended_at + _PATIENCE_S:
+      is_over = self._is_drained(call) or now > call.ended_at + _PATIENCE_S
+      if is_over and call.has_settled_disk():
         del self._mains[call.pid]
         self._finish(call)
       else:
@@ -181,8 +183,6 @@ class Scripts:
 
   def _finish(self, call: running.Running) -> None:
     call.stop_reading(self._events)
-    if call.killed_for is None and call.is_over_disk():
-      call.book(layout.ToolStatus.RESOURCE, "disk")
     result = call.result()
     call.close()
     self._births.forget(call.birth)

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator
 
 from roc import layout
-from roc.host.sandbox import contract
+from roc.host.sandbox import contract, payload, routing
 from roc.host.sandbox import plan as plan_lib
 
-_LIMITS = contract.Limits(wall_s=20, cpu_s=10, output_bytes=1 << 16)
+_LIMITS = contract.Limits(wall_s=20, cpu_s=10, output_bytes=1 << 15)
 _DISK_BYTES = _LIMITS.disk_mb << 20
 
 # Each attack prints whether it got through. `scratch` and `modules` are no
@@ -131,8 +131,8 @@ def message(targets: dict) -> dict:
     "id": CALL_ID,
     "tool": "python",
     "session": "",
-    "code": PROGRAM,
-    "stdin": json.dumps(targets).encode(),
+    "image": routing.BARE,
+    "program": payload.Program.pack(PROGRAM, json.dumps(targets).encode()),
     "limits": _LIMITS.to_json(),
     "seed": "00" * 32,
   }

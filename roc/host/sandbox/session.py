@@ -129,10 +129,9 @@ class Session:
     for fd in (self.stdout_fd, self.stderr_fd):
       running.discard(fd)  # what earlier cells' leftovers said
     file = FIRST_FILE if self.n_cells == 1 else f"<tool {self.n_cells}>"
-    job_fd = payload.job_file(cell.message["code"])
-    fds = [job_fd]
-    if cell.message["stdin"]:
-      fds.append(payload.stdin_file(cell.message["stdin"]))
+    program: payload.Program = cell.message["program"]
+    job_fd = program.take_job()
+    fds = [job_fd, *program.take_stdin()]
     cap = cell.limits.output_bytes
     made = running.Running(
       id=cell.message["id"],

@@ -17,7 +17,6 @@ from roc.host.sandbox import (
   linux,
   loop,
   repl,
-  routing,
   running,
   scratch,
   wire,
@@ -69,7 +68,7 @@ class Sessions:
     live = self._all.get(message["session"])
     if live is None:
       if len(self._all) >= self._at_most:
-        self._refuse(message["id"], f"there are {self._at_most} live sessions")
+        self._refuse(message, f"there are {self._at_most} live sessions")
         return
       live = self._open(message)
       if live is None:
@@ -77,9 +76,14 @@ class Sessions:
     live.waiting.append(session_lib.Cell(message, limits))
     self._feed(live)
 
-  def _refuse(self, call_id: int, why: str, cause: str = "session") -> None:
+  def _refuse(self, message: dict, why: str, cause: str = "session") -> None:
+    self._drop(message, contract.infra(why, cause))
+
+  def _drop(self, message: dict, result: contract.ToolResult) -> None:
+    """Answers a cell that never runs."""
+    message["program"].close()
     self.n_running -= 1
-    self._answer(call_id, contract.infra(why, cause))
+    self._answer(message["id"], result)
 
   def _open(self, message: dict) -> session_lib.Session | None:
     uid, tag = self._births.take_uid(), self._births.new_tag()
@@ -93,7 +97,7 @@ class Sessions:
         stdout, stderr = running.Stream.open(0), running.Stream.open(0)
       except OSError as error:
         self._births.give_uid(uid)
-        self._refuse(message["id"], f"no session: {error.strerror}", "sandbox")
+        self._refuse(message, f"no session: {error.strerror}", "sandbox")
         return None
       undo.pop_all()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -115,7 +119,7 @@ class Sessions:
     )
     fds = [stdout.write_fd, stderr.write_fd, theirs.detach()]
     live.birth = self._births.begin(
-      routing.image_for(message["code"]),
+      message["image"],
       request,
       fds,
       lambda why: self._lose(live, why),
@@ -188,7 +192,7 @@ class Sessions:
       strays = live.strays(self._orphans)
       for pid in strays:
         linux.kill_marked(pid)
-      if strays:
+      if strays or (live.cell and not live.cell.has_settled_disk()):
         return
     live.settle_by, live.idle_cpu_s = 0.0, live.cpu_s
     if live.cell is not None:
@@ -200,8 +204,6 @@ class Sessions:
     assert cell is not None
     live.cell = None
     cell.stop_reading(self._events)
-    if cell.killed_for is None and cell.is_over_disk():
-      cell.book(layout.ToolStatus.RESOURCE, "disk")
     result = cell.result()
     cell.close()
     self.n_running -= 1
@@ -272,7 +274,7 @@ class Sessions:
       for cell in live.waiting:
         if cell.message["id"] == call_id:
           live.waiting.remove(cell)
-          self._refuse(call_id, "cancelled", "cancelled")
+          self._refuse(cell.message, "cancelled", "cancelled")
           return True
     return False
 
@@ -308,10 +310,9 @@ class Sessions:
       self._finish(live, session_lib.LOST)
     for cell in live.waiting:
       if why:
-        self._refuse(cell.message["id"], why)
+        self._refuse(cell.message, why)
       else:  # what an earlier cell left behind has ended it
-        self.n_running -= 1
-        self._answer(cell.message["id"], session_lib.lost())
+        self._drop(cell.message, session_lib.lost())
     live.waiting.clear()
     self._births.forget(live.birth)
     self._kill(live)

@@ -8,11 +8,11 @@ supervisor adopts orphans, finds them by the call's tag and kills them before it
 answers.
 """
 
-import base64
 import collections
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -25,6 +25,7 @@ from roc.host.sandbox import (
   image,
   linux,
   loop,
+  payload,
   plan,
   routing,
   running,
@@ -40,7 +41,7 @@ _SWEEP_S = 0.25
 _PATIENCE_S = 10.0  # for the last processes to be gone
 _FDS_PER_CALL = 16
 _REAPED_PER_TURN = 64
-_LARGE = 1 << 18
+_MAX_FDS = 250  # what Linux sends at once
 
 
 def serve(channel_fd: int, root: str) -> zygote.Next | None:
@@ -77,6 +78,7 @@ class Supervisor:
     self._channel = channel_fd
     self._root = root
     self._unpacker = wire.Unpacker()
+    self._fds: collections.deque[int] = collections.deque()
     self._outbox = bytearray()
     self._waiting: collections.deque[dict] = collections.deque()
     self._keeper_pid = os.getppid()
@@ -185,7 +187,8 @@ class Supervisor:
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGTERM, self._stop)
-    os.set_blocking(self._channel, False)
+    self._socket = socket.socket(fileno=self._channel)
+    self._socket.setblocking(False)
     self._children = linux.own_children()
     self._events.watch(self._channel, self._receive)
     self._events.watch(wake_read, lambda: running.discard(wake_read))
@@ -230,20 +233,22 @@ class Supervisor:
 
   def _receive(self) -> None:
     try:
-      data = os.read(self._channel, 1 << 20)
+      data, fds, flags, _ = socket.recv_fds(self._socket, 1 << 16, _MAX_FDS)
     except BlockingIOError:
       return
     except OSError:
-      data = b""
+      data, fds, flags = b"", [], 0
+    self._fds += fds
+    if flags & socket.MSG_CTRUNC:
+      raise EOFError("files of a call were lost: whose is unknown")
     if not data:  # the trainer is gone: nobody waits for any answer
       self._is_stopping = True
       return
     messages = self._unpacker.feed(data)
-    if sum(len(m.get("code", "")) for m in messages) > _LARGE:
-      linux.trim_memory()
     for message in messages:
       if message["op"] == "call":
-        message["stdin"] = base64.b64decode(message["stdin"])
+        fds = [self._fds.popleft() for _ in range(message["n_fds"])]
+        message["program"] = payload.Program(*fds)
         self._waiting.append(message)
       elif message["op"] == "cancel":
         self._cancel(message["id"])
@@ -295,6 +300,7 @@ class Supervisor:
     for message in self._waiting:
       if message["id"] == call_id:
         self._waiting.remove(message)
+        message["program"].close()
         self._answer(call_id, contract.infra("cancelled", "cancelled"))
         return
     if not self._scripts.cancel(call_id):

@@ -6,13 +6,14 @@ outside, some forty times a second.
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from roc.host.sandbox import linux
 
-_EXACT_S = 0.002  # of CPU, for proportional sizes at one look
+_LOOK_S = 0.002  # of CPU that a look at memory or disk may take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Memory:
     if max(sum(size for _, size in sizes.values()), sum(spaces)) <= limit_kb:
       return False
     self._exact = {p: self._exact[p] for p in self._exact if p in sizes}
-    end = time.thread_time() + _EXACT_S
+    end = time.thread_time() + _LOOK_S
     try:
       for pid in [*(p for p in pids if p not in self._exact), *self._exact]:
         self._exact.pop(pid, None)  # to be the last in turn
@@ -123,29 +124,66 @@ def _shared_kb(pid: int) -> dict[bytes, int]:
   return found
 
 
-def is_over_disk(root: str, n_bytes: int, n_entries: int) -> bool:
-  """Whether a directory holds more than that; follows no link.
+class Disk:
+  """What lies in a call's directory on disk; follows no link.
 
   Directories that are nested so deeply that the walk would be slow, or that no
   path can name, are too many as well.
 
   Args:
-    root: the directory; what a program hides from us counts as nothing.
+    root: the directory, "" for none; what a program hides from us counts as
+      nothing.
     n_bytes: that all files may take together.
-    n_entries: that there may be; the walk ends when there are more.
+    n_entries: that there may be.
   """
-  folders, seen, size = [(root, 0)], 0, 0
+
+  def __init__(self, root: str, n_bytes: int, n_entries: int):
+    self._root = root
+    self._n_bytes = n_bytes
+    self._n_entries = n_entries
+    self._walk: Iterator[float] | None = None
+    self._seen, self._size = 0, 0.0
+
+  def restart(self) -> None:
+    """Has the next look begin anew."""
+    self._walk = None
+
+  def look(self) -> bool | None:
+    """Goes on for a moment.
+
+    Returns:
+      True when there is too much; False when all has been seen and there is
+      not; None when there is more to be seen.
+    """
+    if not self._root:
+      return False
+    if self._walk is None:
+      self._walk, self._seen, self._size = _sizes(self._root), 0, 0.0
+    end = time.thread_time() + _LOOK_S
+    for size in self._walk:
+      self._seen += 1
+      self._size += size
+      if self._seen > self._n_entries or self._size > self._n_bytes:
+        self._walk = None
+        return True
+      if self._seen % 64 == 0 and time.thread_time() > end:
+        return None
+    self._walk = None
+    return False
+
+
+def _sizes(root: str) -> Iterator[float]:
+  """Yields the size of each entry below a directory."""
+  folders = [(root, 0)]
   while folders:
     folder, depth = folders.pop()
     if depth > _DEEPEST or len(folder) > _LONGEST:
-      return True
+      yield math.inf
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
       for entry in entries:
-        seen += 1
+        size = 0
         with contextlib.suppress(OSError):
-          size += entry.stat(follow_symlinks=False).st_blocks * 512
+          size = entry.stat(follow_symlinks=False).st_blocks * 512
           if entry.is_dir(follow_symlinks=False):
             folders.append((entry.path, depth + 1))
-        if seen > n_entries or size > n_bytes:
-          return True
-  return False
+        yield size
