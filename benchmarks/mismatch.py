@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks import common
 from roc.core import corrections, metrics
 from roc.device import engine as engine_lib
-from roc.device import families, model, sampling
+from roc.device import families, model, network, sampling
 from roc.device import step as step_lib
 
 DTYPES = ("float32", "bfloat16")
@@ -109,7 +109,7 @@ def measure(config: model.ModelConfig) -> dict[str, float]:
   }
 
 
-def rows(names: list[str], dtypes: list[str]) -> Iterator[common.Row]:
+def rows(names: list[str], dtypes: list[network.Dtype]) -> Iterator[common.Row]:
   """Every shape in every dtype."""
   for name in names:
     for dtype in dtypes:

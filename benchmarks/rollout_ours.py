@@ -23,13 +23,13 @@ import numpy as np
 from benchmarks import rollout_work
 from roc.device import engine as engine_lib
 from roc.device import model as model_lib
-from roc.device import paged, sampling
+from roc.device import network, paged, sampling
 
 SLOTS = 32
 
 
 def policy(
-  s: rollout_work.Shape = rollout_work.SHAPE, dtype: str = "float32"
+  s: rollout_work.Shape = rollout_work.SHAPE, dtype: network.Dtype = "float32"
 ) -> model_lib.Policy:
   """The model that all sides run."""
   return model_lib.Policy(

@@ -253,15 +253,25 @@ def claim(
     "config_json": config_lib.to_json(cfg),
     "gin_text": host.gin_text,
     "identity": identity(cfg, program, data),
+    "defaults": config_lib.defaults(cfg),
   }
   run = runlog.claim(workdir, program, **facts)
-  if cfg.checkpoint.directory:
-    try:
+  try:
+    if cfg.checkpoint.directory:
       store = places.as_path(cfg.checkpoint.directory)
-      runlog.claim_store(store, program, **facts)
-    except BaseException:
-      run.close()
-      raise
+      runlog.claim_store(store, program, workdir=workdir, **facts)
+    devices = jax.devices()
+    run.note(
+      devices={
+        "kind": devices[0].device_kind,
+        "platform": devices[0].platform,
+        "count": len(devices),
+        "processes": jax.process_count(),
+      }
+    )
+  except BaseException:
+    run.close()
+    raise
   return run
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 from absl import flags
 from ml_collections import config_flags
 
-from roc import errors
+from roc import errors, synonyms
 
 if typing.TYPE_CHECKING:
   import ml_collections
@@ -145,10 +145,18 @@ def parse(
 def _parse_flags(
   values: flags.FlagValues, argv: list[str], known: list[str]
 ) -> None:
+  dashed = {f"--{name.replace('_', '-')}": f"--{name}" for name in values}
+  argv = [
+    dashed.get(name, name) + is_set + value
+    for name, is_set, value in (arg.partition("=") for arg in argv)
+  ]
   try:
     rest = values(["roc", *argv])[1:]
   except flags.UnrecognizedFlagError as e:
     hint = errors.closest(e.flagname, [*values, "config", *known])
+    settings = [key.removeprefix("config.") for key in known]
+    if meant := synonyms.setting_of(e.flagname, settings):
+      hint = f" (did you mean --config.{meant}?)"
     raise errors.UserError(f"there is no flag --{e.flagname}{hint}") from None
   except (flags.Error, TypeError, ValueError) as e:
     text = str(e).splitlines()[0].replace("flag --", "--", 1)
@@ -210,7 +218,7 @@ def _check_overrides(overrides: list[str], known: list[str]) -> None:
         f" --config.{within[0]}=..."
       )
     raise errors.UserError(
-      f"config.{key} does not exist{errors.closest(key, known)}; `--dry_run`"
+      f"config.{key} does not exist{synonyms.closest(key, known)}; `--dry_run`"
       " prints every setting"
     )
 
@@ -293,10 +301,17 @@ def _first_line(e: BaseException) -> str:
   if text[:1] == text[-1:] and text[:1] in ("'", '"'):
     text = text[1:-1].replace("\\n", "\n")
   meant = re.search(r"Did you mean \\?\"(\w+)\\?\"", text)
+  missing = re.search(r"Key \\?\"(\w+)\\?\" does not exist", text)
   first = re.sub(
     r" Other fields present:.*", "", (text or repr(e)).splitlines()[0]
   )
   first = first.replace('\\"', '"').rstrip(".")
-  hint = f" (did you mean {meant[1]}?)" if meant else ""
+  name = meant[1] if meant else ""
+  if missing:
+    from roc import config as config_lib
+
+    settings = config_lib.flatten(config_lib.Config())
+    name = synonyms.setting_of(missing[1], settings) or name
+  hint = f" (did you mean {name}?)" if name else ""
   kind = "" if isinstance(e, AttributeError | ValueError) else type(e).__name__
   return f"{kind}: {first}{hint}" if kind else first + hint

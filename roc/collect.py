@@ -319,7 +319,7 @@ def _claimed(
   lock = records.lock(folder, "directory", "copy the run elsewhere")
   try:
     path = folder / _RECORD
-    if path.exists() or any(folder.glob("*.jsonl")):
+    if any(folder.glob("*.jsonl")):
       _require_same(path, made_with)
     else:
       records.write_json(path, made_with)
@@ -337,7 +337,8 @@ def _require_same(path: pathlib.Path, made_with: Mapping[str, Any]) -> None:
   )
   try:
     before = json.loads(path.read_bytes())
-    changed = records.differences(before, dict(made_with))
+    defaults = config_lib.defaults(config_lib.Config())
+    changed = records.differences(before, made_with, defaults)
   except (OSError, ValueError, AttributeError) as e:
     raise errors.UserError(
       f"cannot tell what drew the rollouts beside {path}, which cannot be read"

@@ -212,6 +212,7 @@ def _refuse_other_runs(cfg: config_lib.Config, jobs: Sequence[Job]) -> None:
       job.program,
       gin_text=gin_text,
       identity=build.identity(job.cfg, job.program, data),
+      defaults=config_lib.defaults(job.cfg),
       remedy="give compare another --workdir, or remove that directory to train"
       " this run anew",
     )

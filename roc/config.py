@@ -12,7 +12,6 @@ gin (`roc.wiring`); `host` below only says which gin files and bindings to read.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import types
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import ml_collections
 from ml_collections import config_dict
 
-from roc import config_checks, errors
+from roc import config_checks, errors, synonyms
 from roc.device import lora, sampling, selection
 from roc.device import model as model_lib
 from roc.device import step as step_lib
@@ -239,12 +238,28 @@ def from_json(text: str, where: str = "config.json") -> Config:
       f"{where} line {e.lineno}: not JSON ({e.msg}); restore the file or start"
       " in another workdir"
     ) from None
+  if isinstance(values, dict) and "model_type" in values:
+    raise errors.UserError(
+      f"{where} is that of a published model and not of a run; a run starts"
+      " from such a folder with config.pretrained, and `generate --model` draws"
+      " from it"
+    )
   return _build(Config, values, "")
 
 
 def flatten(config: Config) -> dict[str, Any]:
   """Returns `{"train.lr": 1e-4, ...}`, one entry per setting."""
   return dict(_leaves(dataclasses.asdict(config), ""))
+
+
+def choices() -> dict[str, tuple[str, ...]]:
+  """Returns `{"train.schedule": ("constant", "cosine"), ...}`."""
+  return {
+    f"{prefix}{field.name}": typing.get_args(field.type)
+    for prefix, cls in _sections(Config, "")
+    for field in dataclasses.fields(cls)
+    if typing.get_origin(field.type) is Literal
+  } | {"lora.targets": lora.TARGETS}
 
 
 def help_texts() -> dict[str, str]:
@@ -269,12 +284,6 @@ _NOT_IDENTITY = (
   *("sft.heldout_every", "sft.heldout_calls"),
   "sft.data",  # what the files hold counts, not where they lie
 )
-# Settings that came later: at these values a run is what it was before them.
-_ADDED = {
-  **{"pretrained": "", "train.replay": ""},
-  **{"sft.overlong": "error", "sft.heldout": 0.0},
-  "train.keep_optimizer": False,
-}
 # Bounds that a run's correction does not read say nothing; runs from before
 # they could be None recorded these.
 _UNREAD = {"loss.correction_low": 0.5, "loss.correction_high": 2.0}
@@ -300,34 +309,41 @@ def identity(config: Config, program: str = "train") -> dict[str, Any]:
     Flat `{"section.name": value}`, JSON-able.
   """
   left_out = (*_NOT_IDENTITY, *_NOT_READ_BY.get(program, ()))
-  loss = step_lib.with_own_bounds(config.loss)
-  config = dataclasses.replace(config, loss=loss)
   flat = {
     key: list(value) if isinstance(value, tuple) else value
-    for key, value in flatten(config).items()
+    for key, value in _with_bounds(config).items()
     if not key.startswith(left_out)
   }
   for key in ("init_from", "train.replay", "pretrained"):
     if flat.get(key):
       flat[key] = os.path.normpath(str(flat[key]))
   if not flat.get("lora.rank"):  # of a run without adapters it says nothing
-    flat = {k: v for k, v in flat.items() if not k.startswith("lora.")}
-  for key, value in _UNREAD.items():
-    if key in flat and flat[key] is None:
-      flat[key] = value
-  for key, value in _ADDED.items():
-    if flat.get(key) == value:
-      del flat[key]
+    flat = {
+      k: v
+      for k, v in flat.items()
+      if k == "lora.rank" or not k.startswith("lora.")
+    }
   for section in ("train", "sft"):
     if flat.get(f"{section}.schedule") == "constant":
       del flat[f"{section}.steps"]
   return flat
 
 
-def fingerprint(config: Config, program: str = "train") -> str:
-  """Returns a short hash of `identity`."""
-  text = json.dumps(identity(config, program), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
+def defaults(config: Config) -> dict[str, Any]:
+  """What every setting is that the record of a run does not name.
+
+  Args:
+    config: of the run, as far as defaults depend on it.
+  """
+  loss = LossConfig(kind=config.loss.kind, correction=config.loss.correction)
+  return _with_bounds(Config(loss=loss))
+
+
+def _with_bounds(config: Config) -> dict[str, Any]:
+  """`flatten`, with the bounds of the loss that None stands for."""
+  loss = step_lib.with_own_bounds(config.loss)
+  flat = flatten(dataclasses.replace(config, loss=loss))
+  return flat | {k: v for k, v in _UNREAD.items() if flat[k] is None}
 
 
 def diff(a: Config, b: Config) -> list[str]:
@@ -379,7 +395,8 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
   for key in values:
     if key not in fields:
       raise errors.UserError(
-        f"config.{prefix}{key} does not exist{errors.closest(key, fields)}"
+        f"config.{prefix}{key} does not exist"
+        f"{synonyms.closest(prefix + key, flatten(Config()))}"
       )
   built = {}
   for name, value in values.items():

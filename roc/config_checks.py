@@ -174,18 +174,6 @@ def _check_ranges(c: "config_lib.Config") -> None:
 
 def _check_model(c: "config_lib.Config") -> None:
   m, tensor, fsdp = c.model, c.mesh.tensor, c.mesh.fsdp
-  for name, choices in (
-    ("dtype", ("float32", "bfloat16")),
-    ("remat", ("none", "full")),
-    ("attention", ("auto", "xla", "pallas")),
-  ):
-    value = getattr(m, name)
-    hint = errors.closest(value, choices)
-    _require(
-      value in choices,
-      f"config.model.{name} must be one of {', '.join(choices)}, got"
-      f" {value!r}{hint}",
-    )
   _require(
     m.n_heads % m.n_kv_heads == 0,
     f"config.model.n_heads ({m.n_heads}) must be a multiple of"

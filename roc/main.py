@@ -302,6 +302,8 @@ def _dry_run(config: Any, name: str) -> str:
     config = pretrained.settle(config)
   elif config.pretrained:
     shown += [f"# config.model and the tokenizer: see {config.pretrained}"]
+  for key, words in config_lib.choices().items():
+    texts[key] = f"{texts[key]} ({' | '.join(words)})".lstrip()
   shown += [
     f"{f'config.{key} = {value!r}':<40}  # {texts[key]}".rstrip(" #")
     for key, value in config_lib.flatten(config).items()

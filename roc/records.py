@@ -8,11 +8,14 @@ import fcntl
 import json
 import os
 import pathlib
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from roc import errors, places
 
 _LOCK = ".lock"
+CONTENTS = "contents of "  # begins the names of digests in a record
 
 
 def lock(
@@ -56,12 +59,32 @@ def lock(
   return fd
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> str:
-  """Returns `seed (0 -> 1), ...`, three at most by name; empty when equal."""
+def differences(
+  before: Mapping[str, Any],
+  after: Mapping[str, Any],
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> str:
+  """How two records differ.
+
+  A record is not changed by what this program has learnt since it was written:
+  a setting that it lacks had its default, and of a digest that one of the two
+  lacks nothing is known.
+
+  Args:
+    before: an earlier record.
+    after: the one of now.
+    defaults: of the settings.
+
+  Returns:
+    `seed (0 -> 1), ...`, three at most by name; empty when equal.
+  """
+  defaults = json.loads(json.dumps(dict(defaults)))
+  before = {**{k: v for k, v in defaults.items() if k in after}, **before}
   changed = [
     f"{key} ({before.get(key, 'unset')} -> {after.get(key, 'unset')})"
     for key in {**after, **before}
-    if before.get(key) != after.get(key)
+    if before.get(key) != after.get(key, defaults.get(key))
+    and not (key.startswith(CONTENTS) and (key in before) != (key in after))
   ]
   more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
   return ", ".join(changed[:3]) + more

@@ -29,6 +29,7 @@ class Needs:
   vocab_size: int  # of the model
   max_length: int  # tokens of an episode
   max_calls: int  # tool calls of an episode
+  temperature: float  # at which its tokens were drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +142,11 @@ class Replay:
         f"config.train.replay: {self.directory} is no directory; give one with"
         " *.jsonl files of rollouts, such as a run's rollouts/"
       )
+    if (self.directory / "run.json").exists():
+      raise errors.UserError(
+        f"config.train.replay: {self.directory} is the directory of a run; give"
+        f" that of its rollouts, {self.directory / 'rollouts'}"
+      )
     paths = sorted(self.directory.glob("*.jsonl"))
     if not paths:
       raise errors.UserError(
@@ -169,6 +175,11 @@ class Replay:
       e = episode_lib.Episode.from_json(line.decode(), str(place))
     except ValueError as error:
       text = str(error).removeprefix(f"{place}: ")
+      if place.offset == 0:
+        raise errors.UserError(
+          f"{place.path} is no file of rollouts (line 1: {text}); give a"
+          " directory that holds nothing else, such as a run's rollouts/"
+        ) from error
       raise errors.UserError(
         f"{place} is no rollout ({text}); {_MEND}"
       ) from error
@@ -235,7 +246,37 @@ def _fault(e: episode_lib.Episode, needs: Needs) -> str:
     return f"a role is not one of {sorted(_ROLES)}; {_MEND}"
   if not all(map(math.isfinite, (*e.logprobs, e.reward))):
     return f"a log-prob or the reward is not a finite number; {_MEND}"
+  if fault := _logprob_fault(e, needs.temperature):
+    return fault
   for name in ("place", "rollout_id", "n_turns"):
     if not 0 <= getattr(e, name) < 2**31:
       return f"{name} {getattr(e, name)} is out of range; {_MEND}"
+  return ""
+
+
+def _logprob_fault(e: episode_lib.Episode, temperature: float) -> str:
+  """Why log-probs are not those of drawn tokens; empty if they are."""
+  if e.temperature is None:
+    return (
+      "the rollout does not say at which temperature it was drawn; write it"
+      " into the field temperature, or draw the rollouts again"
+    )
+  if e.temperature != temperature:
+    return (
+      f"the rollout was drawn at temperature {e.temperature:g} and"
+      f" config.sampling.temperature is {temperature:g}, so its log-probs are"
+      " those of another policy; set that to the same"
+    )
+  drawn, others = [], []
+  for role, logprob in zip(e.roles, e.logprobs, strict=True):
+    (drawn if role == layout.Role.MODEL else others).append(logprob)
+  if drawn and max(drawn) > 0:
+    return f"{max(drawn):g} is not the log of a probability; {_MEND}"
+  if any(others):
+    return f"a token that the model did not draw has a log-prob; {_MEND}"
+  if drawn and not any(drawn):
+    return (
+      "all log-probs are 0, so they were not recorded; draw the rollouts again"
+      " with `rollout`"
+    )
   return ""

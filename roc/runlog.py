@@ -18,9 +18,13 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
 import sys
+import types
+from collections.abc import Mapping
 from typing import Any
 
+import roc
 from roc import errors, places, records
 
 METRICS = "metrics.jsonl"
@@ -60,8 +64,11 @@ def claim(
   config_json: str,
   gin_text: str,
   identity: dict[str, Any],
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Run:
   """Makes `workdir` this run's own, to start in or to go on in.
+
+  A workdir in which no step was made yet is nobody's.
 
   Args:
     workdir: made if it is not there.
@@ -69,6 +76,7 @@ def claim(
     config_json: text of config.json (`config.to_json`).
     gin_text: text of config.gin; statements count, comments do not.
     identity: what makes the run that run (`config.identity`).
+    defaults: of settings that an older record does not have.
 
   Returns:
     The claim, which holds the workdir's lock until it is closed.
@@ -80,7 +88,9 @@ def claim(
   path = pathlib.Path(workdir).absolute()
   fd = records.lock(path)
   try:
-    require_same(path, program, gin_text=gin_text, identity=identity)
+    require_same(
+      path, program, gin_text=gin_text, identity=identity, defaults=defaults
+    )
     record = {
       "program": program,
       "identity": _full_identity(identity, gin_text),
@@ -117,6 +127,8 @@ def claim_store(
   config_json: str,
   gin_text: str,
   identity: dict[str, Any],
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
+  workdir: str | os.PathLike[str] = "",
 ) -> None:
   """Makes a place for checkpoints outside of the workdir this run's own.
 
@@ -129,6 +141,9 @@ def claim_store(
     config_json: likewise.
     gin_text: likewise.
     identity: likewise.
+    defaults: likewise.
+    workdir: that the caller has claimed. As long as there is no checkpoint, the
+      place is that of whichever run is made there.
 
   Raises:
     errors.UserError: it cannot be written, or has another run's checkpoints.
@@ -137,11 +152,14 @@ def claim_store(
   wanted: dict[str, Any] = {
     "program": program,
     "identity": _full_identity(identity, gin_text),
+    "workdir": f"{platform.node()}:{pathlib.Path(workdir).absolute()}",
   }
   where = f"config.checkpoint.directory {directory}"
   with places.reaching(directory, "written"):
     old = _stored_record(path) or wanted
-    changed = records.differences(old["identity"], wanted["identity"])
+    if old.get("workdir") == wanted["workdir"] and not _has_steps(directory):
+      old = wanted
+    changed = records.differences(old["identity"], wanted["identity"], defaults)
     if old["program"] != program:
       changed = f"program ({old['program']} -> {program})"
     if changed:
@@ -164,7 +182,8 @@ def _stored_record(path: places.Path) -> dict[str, Any] | None:
     return None
   try:
     record = json.loads(path.read_bytes())
-    return {key: record[key] for key in ("program", "identity")}
+    named = {key: record[key] for key in ("program", "identity")}
+    return named | {"workdir": record.get("workdir")}
   except (ValueError, KeyError, TypeError) as e:
     raise errors.UserError(
       f"{path} is no record of a run; mend it, or give another"
@@ -343,12 +362,31 @@ def _read_record(workdir: pathlib.Path) -> dict[str, Any]:
   )
 
 
+def _has_begun(workdir: pathlib.Path) -> bool:
+  """Whether a step was made: there is a row, a trace or a checkpoint of one."""
+  if _has_steps(workdir / "checkpoints"):
+    return True
+  if any((workdir / "rollouts").glob("step_*.jsonl")):
+    return True
+  path = workdir / METRICS
+  if not path.exists():
+    return False
+  return any(row["step"] > 0 for row, _ in _rows(path.read_bytes(), path))
+
+
+def _has_steps(directory: places.Path) -> bool:
+  return directory.is_dir() and any(
+    path.name.startswith("step_") for path in directory.iterdir()
+  )
+
+
 def require_same(
   workdir: pathlib.Path,
   program: str,
   *,
   gin_text: str,
   identity: dict[str, Any],
+  defaults: Mapping[str, Any] = types.MappingProxyType({}),
   remedy: str = "give another --workdir, or --allow_config_change to go on here"
   " with the new one",
 ) -> None:
@@ -359,13 +397,14 @@ def require_same(
     program: as in `claim`.
     gin_text: likewise.
     identity: likewise.
+    defaults: likewise.
     remedy: what the user may do about another configuration.
 
   Raises:
     errors.UserError: says what differs.
   """
   record = _read_record(workdir)
-  if record.get("identity") is None:
+  if record.get("identity") is None or not _has_begun(workdir):
     return
   if record["program"] != program:
     raise errors.UserError(
@@ -373,7 +412,7 @@ def require_same(
       f" `{program}`; give another --workdir"
     )
   wanted = _full_identity(identity, gin_text)
-  changed = records.differences(record["identity"], wanted)
+  changed = records.differences(record["identity"], wanted, defaults)
   if changed:
     raise errors.UserError(
       f"workdir {workdir} belongs to another configuration: {changed} differ;"
@@ -396,5 +435,35 @@ def _attempt() -> dict[str, Any]:
   return {
     "started": now.isoformat(timespec="seconds"),
     "command": sys.argv,
+    "host": {
+      "name": platform.node(),
+      "machine": platform.machine(),
+      "system": platform.platform(),
+      "cpus": os.cpu_count(),
+    },
+    "roc": {"version": roc.__version__, **_commit()},
     "versions": versions,
   }
+
+
+def _commit() -> dict[str, Any]:
+  """The commit of the checkout that runs; empty where it is no checkout."""
+  checkout = pathlib.Path(roc.__file__).resolve().parents[1]
+
+  def git(*words: str) -> str:
+    done = subprocess.run(
+      ["git", "-C", str(checkout), *words],
+      capture_output=True, text=True, timeout=10, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+  try:
+    top = git("rev-parse", "--show-toplevel")
+    if pathlib.Path(top).resolve() != checkout:
+      return {}  # it lies in the checkout of something else
+    return {
+      "commit": git("rev-parse", "HEAD"),
+      "is_changed": bool(git("status", "--porcelain", "-uno")),
+    }
+  except (OSError, subprocess.SubprocessError):
+    return {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from roc import cli, errors, hub, lines, places
 from roc.core import logprobs
-from roc.device import families, model, sharding, weights
+from roc.device import families, model, network, sharding, weights
 
 _ROUND = 64  # lengths are rounded up to multiples, so that few are compiled
 _EXAMPLE = '{"ids": [1, 2]}'
@@ -105,7 +105,9 @@ def check_ids(rows: Sequence[Sequence[int]], size: int, name: str) -> None:
         )
 
 
-def load(folder: places.Path, dtype: str) -> tuple[model.Policy, model.Params]:
+def load(
+  folder: places.Path, dtype: network.Dtype
+) -> tuple[model.Policy, model.Params]:
   """A policy and its weights, on the first device."""
   config = families.read(folder)
   policy = model.Policy(dataclasses.replace(config, dtype=dtype))

@@ -229,6 +229,7 @@ def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
     vocab_size=policy.n_ids or policy.config.vocab_size,
     max_length=cfg.train.buckets[-1],
     max_calls=cfg.sampling.max_calls,
+    temperature=cfg.sampling.temperature,
   )
   saved = replay.Replay(pathlib.Path(cfg.train.replay), needs)
   build.say(saved.about(cfg.train.steps, cfg.train.prompts))

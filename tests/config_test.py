@@ -8,7 +8,7 @@ import re
 import ml_collections
 import pytest
 
-from roc import config, config_checks, errors
+from roc import config, config_checks, errors, records
 from roc.device import step as step_lib
 
 
@@ -52,7 +52,9 @@ def test_unknown_keys_and_wrong_types_are_refused_where_they_are_set():
 def test_unknown_keys_and_wrong_types_are_refused_when_resolved():
   cfg = config.default_config().unlock()
   cfg.train.lrr = 1
-  with pytest.raises(errors.UserError, match=r"train.lrr .*did you mean lr\?"):
+  with pytest.raises(
+    errors.UserError, match=r"train.lrr .*did you mean train.lr\?"
+  ):
     config.resolve(cfg)
   cfg = config.default_config()
   cfg.train.buckets = (96, 256.5)
@@ -253,7 +255,16 @@ def test_damaged_json_names_file_and_line():
     config.from_json('{"train": 3}')
 
 
-def test_fingerprint_is_of_what_a_run_computes():
+def test_a_published_model_is_no_run():
+  text = '{"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}'
+  with pytest.raises(errors.UserError) as e:
+    config.from_json(text, "models/qwen/config.json")
+  assert "models/qwen/config.json is that of a published" in str(e.value)
+  assert "config.pretrained" in str(e.value)
+  assert "architectures" not in str(e.value)
+
+
+def test_identity_is_of_what_a_run_computes():
   base = config.Config()
   same = config.resolve(
     changed(
@@ -265,7 +276,7 @@ def test_fingerprint_is_of_what_a_run_computes():
       }
     )
   )
-  assert config.fingerprint(base) == config.fingerprint(same)
+  assert config.identity(base) == config.identity(same)
   for settings in (
     {"seed": 1},
     {"train.lr": 1e-3},
@@ -274,28 +285,68 @@ def test_fingerprint_is_of_what_a_run_computes():
     {"model.d_model": 64},
   ):
     other = config.resolve(changed(settings))
-    assert config.fingerprint(base) != config.fingerprint(other), settings
+    assert config.identity(base) != config.identity(other), settings
 
 
 def test_steps_count_where_the_schedule_depends_on_them():
   a = config.resolve(changed({"train.schedule": "cosine"}))
   b = config.resolve(changed({"train.schedule": "cosine", "train.steps": 61}))
-  assert config.fingerprint(a) != config.fingerprint(b)
+  assert config.identity(a) != config.identity(b)
 
 
 def test_a_program_is_not_changed_by_what_it_never_reads():
   a = config.Config()
   b = config.resolve(changed({"sft.lr": 1e-2}))
-  assert config.fingerprint(a, "train") == config.fingerprint(b, "train")
-  assert config.fingerprint(a, "sft") != config.fingerprint(b, "sft")
+  assert config.identity(a, "train") == config.identity(b, "train")
+  assert config.identity(a, "sft") != config.identity(b, "sft")
   b = config.resolve(changed({"train.lr": 1e-2, "filter.eps": 0.3}))
-  assert config.fingerprint(a, "sft") == config.fingerprint(b, "sft")
+  assert config.identity(a, "sft") == config.identity(b, "sft")
 
 
 def test_the_same_place_written_otherwise_is_the_same():
   a = config.resolve(changed({"init_from": "runs/sft"}))
   b = config.resolve(changed({"init_from": "runs//sft/"}))
-  assert config.fingerprint(a) == config.fingerprint(b)
+  assert config.identity(a) == config.identity(b)
+
+
+def test_a_setting_that_came_later_locks_no_older_run_out():
+  """Its default stands for it in a record that was written before."""
+  for kind in ("clip", "gspo"):
+    cfg = config.resolve(changed({"loss.kind": kind}))
+    now = config.identity(cfg)
+    for key in set(now) - {"loss.kind"}:
+      older = {k: v for k, v in now.items() if k != key}
+      assert records.differences(older, now, config.defaults(cfg)) == "", key
+  now = config.identity(config.Config())
+  older = {k: v for k, v in now.items() if k != "train.buckets"}
+  changed_now = config.identity(
+    config.resolve(changed({"train.buckets": (64, 256)}))
+  )
+  found = records.differences(
+    older, changed_now, config.defaults(config.Config())
+  )
+  assert found == "train.buckets ([96, 128, 192, 256] -> [64, 256])"
+  # Adapters that an older record says nothing of.
+  adapted = config.identity(config.resolve(changed({"lora.rank": 4})))
+  assert records.differences(
+    now, adapted, config.defaults(config.Config())
+  ) == ("lora.rank (0 -> 4)")
+  found = records.differences(adapted, now, config.defaults(config.Config()))
+  assert found == "lora.rank (4 -> 0)"
+
+
+def test_a_digest_that_was_not_taken_says_nothing():
+  digest = {"contents of train_task": "ab"}
+  assert records.differences({"seed": 0}, {"seed": 0} | digest) == ""
+  found = records.differences(digest, {"contents of train_task": "cd"})
+  assert found == "contents of train_task (ab -> cd)"
+
+
+def test_choices_of_settings():
+  found = config.choices()
+  assert found["train.schedule"] == ("constant", "cosine")
+  assert found["model.dtype"] == ("float32", "bfloat16")
+  assert "down_proj" in found["lora.targets"]
 
 
 def test_diff_says_what_changed():

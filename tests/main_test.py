@@ -141,13 +141,15 @@ def test_gin_bindings_are_text_and_add_up(experiment, runs):
 def test_dry_run_prints_settings_and_gin_and_runs_nothing(
   experiment, runs, capsys
 ):
-  argv = ["train", f"--config={experiment}", "--dry_run"]
+  argv = ["train", f"--config={experiment}", "--dry-run"]
   argv += ["--config.host.gin_bindings=Limits.wall_s = 2.5"]
   assert main.main(argv) == 0
   out = capsys.readouterr().out
   assert re.search(
-    r"^config.train.steps = 8 +# updates of the policy$", out, re.M
+    r"^config.train.steps = 8 +# batches of rollouts, .*$", out, re.M
   )
+  assert re.search(r"^config.filter.mode = 'sort' .*\(sort \| inv", out, re.M)
+  assert re.search(r"^config.model.dtype = .*\(float32 \| bfl", out, re.M)
   assert "Limits.wall_s = 2.5" in out
   assert runs == []
 
@@ -178,6 +180,18 @@ def test_report_takes_no_config(runs, tmp_path, capsys):
     (["--config.train=1"], "config.train is a section"),
     (["--config.filter.n_kept=17"], "n_kept .17. cannot exceed"),
     (["--config.filter.mode=srt"], "did you mean sort"),
+    (["--config.train.learning_rate=1"], "learning_rate .*mean train.lr..;"),
+    (["--config.sft.learning_rate=1"], "did you mean sft.lr..;"),
+    (["--config.sft.batch_size=1"], "did you mean sft.rows..;"),
+    (["--config.train.batch_size=1"], "did you mean train.prompts..;"),
+    (["--config.num_generations=1"], "did you mean filter.n_drawn..;"),
+    (["--config.train.max_steps=1"], "did you mean train.steps..;"),
+    (["--config.loss.clip_range=1"], "did you mean loss.eps_low..;"),
+    (["--config.beta=1"], "did you mean loss.kl_coef..;"),
+    (["--config.train.top_p=1"], "did you mean sampling.top_p..;"),
+    (["--config.train.temperature=1"], "sampling.temperature or eval.temp"),
+    (["--learning-rate=1"], "did you mean --config.train.lr."),
+    (["--beta=1"], "did you mean --config.loss.kl_coef."),
     (["--wrkdir=x"], "no flag --wrkdir .did you mean workdir"),
     (["--dry_run=maybe"], "--dry_run=maybe"),
     (["stray"], "'stray' is not a flag"),
@@ -213,6 +227,11 @@ def test_mistaken_command_lines(argv, text, capsys):
   "old, new, text",
   [
     ("train.steps", "train.step", 'mine.py line 7: Key "step" .*mean steps'),
+    (
+      "train.steps",
+      "train.learning_rate",
+      "line 7: Key .*did you mean train.lr",
+    ),
     ('7 if variant == "tiny" else 8', '"x"', "mine.py line 7: TypeError"),
     ("  return c", "", "get_config must return .* returned a NoneType"),
     ("get_config", "config", "has no function get_config"),

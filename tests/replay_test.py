@@ -41,6 +41,7 @@ NEEDS = replay.Needs(
   vocab_size=100,
   max_length=12,
   max_calls=2,
+  temperature=0.7,
 )
 Role = layout.Role
 
@@ -55,6 +56,7 @@ def episode(step, place, rollout_id, **changes):
     group_index=9,
     rollout_id=rollout_id,
     step=step,
+    temperature=0.7,
     n_turns=2,
     answers=["6"],
     tool_records=[
@@ -174,6 +176,20 @@ def test_identity_is_the_contents(tmp_path):
     ({"roles": [0] * 8}, "a role is not one of"),
     ({"logprobs": [math.nan] * 8}, "not a finite number; mend or delete"),
     ({"reward": math.inf}, "not a finite number"),
+    (
+      {"logprobs": [0.0] * 3 + [-1.0, 0.25, -1.0, -1.0, -1.0]},
+      "0.25 is not the log of a probability; mend",
+    ),
+    (
+      {"logprobs": [0.0, -0.5, 0.0] + [-1.0] * 5},
+      "the model did not draw has a log-prob; mend",
+    ),
+    ({"logprobs": [0.0] * 8}, "all log-probs are 0, so they were not recorded"),
+    (
+      {"temperature": 1.0},
+      "drawn at temperature 1 and config.sampling.temperature is 0.7",
+    ),
+    ({"temperature": None}, "does not say at which temperature it was drawn"),
     ({"place": 2**31}, "place 2147483648 is out of range"),
     (
       {"tool_records": episode(1, 1, 0).tool_records * 3},
@@ -214,6 +230,20 @@ def test_lines_that_are_no_rollouts(tmp_path, line, text):
   with pytest.raises(errors.UserError, match=text) as e:
     replay.Replay(tmp_path, NEEDS)
   assert "\n" not in str(e.value)
+
+
+def test_a_file_of_something_else_is_not_to_be_mended(tmp_path):
+  folder = write(tmp_path / "run", a=[episode(1, 1, o) for o in (0, 1)])
+  (folder / "metrics.jsonl").write_text('{"step": 0, "reward": 1.0}\n')
+  with pytest.raises(errors.UserError, match="metrics.jsonl is no file of ro"):
+    replay.Replay(folder, NEEDS)
+  (folder / "run.json").write_text("{}")
+  with pytest.raises(errors.UserError) as e:
+    replay.Replay(folder, NEEDS)
+  assert "delete" not in str(e.value)
+  assert f"is the directory of a run; give that of its rollouts, {folder}" in (
+    str(e.value)
+  )
 
 
 def test_directories_without_rollouts(tmp_path):
@@ -261,7 +291,7 @@ def test_the_flag_stands_for_the_setting(capsys):
 
 def test_a_run_without_it_is_the_run_that_it_was():
   cfg = config.Config()
-  assert "train.replay" not in config.identity(cfg)
+  assert config.identity(cfg)["train.replay"] == ""
   there = dataclasses.replace(cfg.train, replay="a/b/")
   cfg = dataclasses.replace(cfg, train=there)
   assert config.identity(cfg)["train.replay"] == "a/b"

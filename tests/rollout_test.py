@@ -1023,7 +1023,7 @@ def test_a_problem_that_comes_twice_is_drawn_twice(chat, say, tmp_path):
   arrays = pack.pack([first, again], n_calls=6, length=256)
   assert arrays["place"].tolist() == [FIRST, FIRST + 1]
   traces.write(tmp_path / "step_000005.jsonl", [first, again], chat.tokenizer)
-  needs = replay.Needs(2, chat.tokenizer.vocab_size, 256, 6)
+  needs = replay.Needs(2, chat.tokenizer.vocab_size, 256, 6, 1.0)
   assert replay.Replay(tmp_path, needs).groups(FIRST, 2, STEP) == [first, again]
   read = groups_lib.read([tmp_path / "step_000005.jsonl"])
   assert [g.name for g in read.groups] == [f"{STEP}:{FIRST}", f"{STEP}:41"]

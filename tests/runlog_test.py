@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 
+import roc
 from roc import errors, runlog
 
 IDENTITY = {"seed": 0, "train.lr": 1e-4, "train.buckets": (96, 128)}
@@ -27,6 +29,11 @@ def claim(workdir, program="train", gin_text=GIN, **identity):
   )
 
 
+def begin(workdir):
+  """Leaves what a first step leaves."""
+  (workdir / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+
+
 def test_claim_records_the_run(tmp_path):
   with claim(tmp_path / "a" / "b") as run:
     run.note(sandbox_tier="process")
@@ -40,6 +47,88 @@ def test_claim_records_the_run(tmp_path):
   (attempt,) = record["attempts"]
   assert attempt["sandbox_tier"] == "process"
   assert attempt["versions"]["numpy"] == np.__version__
+  assert attempt["host"]["name"] == platform.node()
+  assert attempt["host"]["cpus"] == os.cpu_count()
+  assert attempt["roc"]["version"] == roc.__version__
+
+
+def git(folder, *words):
+  who = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+  return subprocess.run(
+    ["git", "-C", str(folder), *who, *words],
+    check=True, capture_output=True, text=True,
+  ).stdout.strip()  # fmt: skip
+
+
+def test_the_record_names_the_commit(tmp_path, monkeypatch):
+  (tmp_path / "roc").mkdir()
+  (tmp_path / "roc" / "__init__.py").write_text("")
+  monkeypatch.setattr(roc, "__file__", str(tmp_path / "roc" / "__init__.py"))
+  recorded = lambda: json.loads((tmp_path / "w" / "run.json").read_text())
+  claim(tmp_path / "w").close()
+  assert recorded()["attempts"][-1]["roc"] == {"version": roc.__version__}
+  git(tmp_path, "init", "-q")
+  git(tmp_path, "add", "roc")
+  git(tmp_path, "commit", "-q", "-m", "one")
+  commit = git(tmp_path, "rev-parse", "HEAD")
+  for is_changed in (False, True):
+    claim(tmp_path / "w").close()
+    assert recorded()["attempts"][-1]["roc"] == {
+      "version": roc.__version__,
+      "commit": commit,
+      "is_changed": is_changed,
+    }
+    (tmp_path / "roc" / "__init__.py").write_text("x = 1")
+
+
+@pytest.mark.parametrize(
+  "left",
+  ["metrics.jsonl", "checkpoints/step_00000001", "rollouts/step_1.jsonl"],
+)
+def test_a_workdir_without_a_step_is_nobody_s(tmp_path, left):
+  """A command that stopped early may be corrected and given again."""
+  claim(tmp_path).close()
+  # What comes before the first step, and a save that was interrupted.
+  (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/a": 1}\n')
+  (tmp_path / "rollouts").mkdir()
+  (tmp_path / "rollouts" / "eval_000000.jsonl").write_text("")
+  (tmp_path / "checkpoints" / "unfinished_step_00000001").mkdir(parents=True)
+  claim(tmp_path, seed=1, gin_text="Limits.wall_s = 9").close()
+  claim(tmp_path, program="sft", seed=2).close()
+  record = json.loads((tmp_path / "run.json").read_text())
+  assert (record["program"], record["identity"]["seed"]) == ("sft", 2)
+  path = tmp_path / left
+  if left == "metrics.jsonl":
+    begin(tmp_path)
+  elif path.suffix:
+    path.write_text("")
+  else:
+    path.mkdir()
+  with pytest.raises(errors.UserError, match="a run of `sft`, not of `train`"):
+    claim(tmp_path)
+  with pytest.raises(errors.UserError, match=r"seed \(2 -> 0\)"):
+    claim(tmp_path, program="sft")
+
+
+def test_a_store_without_a_checkpoint_is_that_of_its_workdir(tmp_path):
+  def claim_store(workdir, seed):
+    runlog.claim_store(
+      tmp_path / "store",
+      "train",
+      config_json="{}",
+      gin_text="",
+      identity={"seed": seed},
+      workdir=tmp_path / workdir,
+    )
+
+  claim_store("a", seed=0)
+  claim_store("a", seed=1)  # corrected
+  with pytest.raises(errors.UserError, match=r"seed \(1 -> 2\)"):
+    claim_store("b", seed=2)  # the first may still be at work
+  claim_store("b", seed=1)
+  (tmp_path / "store" / "step_00000001").mkdir()
+  with pytest.raises(errors.UserError, match=r"seed \(1 -> 2\)"):
+    claim_store("b", seed=2)
 
 
 def test_the_same_run_goes_on_and_each_attempt_is_noted(tmp_path):
@@ -51,6 +140,7 @@ def test_the_same_run_goes_on_and_each_attempt_is_noted(tmp_path):
 
 def test_another_config_is_refused_until_allowed(tmp_path):
   claim(tmp_path).close()
+  begin(tmp_path)
   with pytest.raises(errors.UserError) as e:
     claim(tmp_path, **{"train.lr": 1e-6, "new": 1})
   assert "train.lr (0.0001 -> 1e-06), new (unset -> 1) differ" in str(e.value)
@@ -66,6 +156,7 @@ def test_another_config_is_refused_until_allowed(tmp_path):
 
 def test_another_host_side_or_program_is_refused(tmp_path):
   claim(tmp_path).close()
+  begin(tmp_path)
   with pytest.raises(errors.UserError, match=r"gin Limits.wall_s \(5.0 -> 9\)"):
     claim(tmp_path, gin_text="Limits.wall_s = 9\nnames = 'a'")
   with pytest.raises(errors.UserError, match="run of `train`, not of `sft`"):
@@ -75,6 +166,7 @@ def test_another_host_side_or_program_is_refused(tmp_path):
 
 def test_refused_claims_leave_the_record_alone(tmp_path):
   claim(tmp_path).close()
+  begin(tmp_path)
   before = (tmp_path / "run.json").read_bytes()
   with pytest.raises(errors.UserError):
     claim(tmp_path, seed=1)

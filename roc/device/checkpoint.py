@@ -170,6 +170,11 @@ class Checkpoints:
     if self.directory.is_dir():
       for path in sorted(self.directory.glob("unfinished_*")):
         notes.append(f"passed over {path}: a save was interrupted there")
+    if step is not None and not self.path(step).is_dir():
+      raise errors.UserError(
+        f"there is no checkpoint of step {step} under {self.directory}"
+        f" ({self._others(step)})"
+      )
     steps = self.steps() if step is None else [step]
     for candidate in reversed(steps):
       path = self.path(candidate)
@@ -188,12 +193,22 @@ class Checkpoints:
         path / _ARRAYS, manifest["leaves"], abstract_state, is_partial
       )
       return Restored(candidate, state, extra, list(notes))
+    if step is not None:
+      raise errors.UserError(
+        f"the checkpoint of step {step} under {self.directory} is not whole"
+        f" ({notes[-1].rpartition(': ')[2]}); give another step"
+        f" ({self._others(step)}) or restore its files"
+      )
     if steps:
       raise errors.UserError(
         f"no checkpoint under {self.directory} is whole ({'; '.join(notes)});"
         " move the directory away to start over, or restore its files"
       )
     return None
+
+  def _others(self, step: int) -> str:
+    others = [str(s) for s in self.steps() if s != step]
+    return f"there is {', '.join(others)}" if others else "there is no other"
 
   def _make_room(self, target: places.Path) -> None:
     """Clears the name of `target`; what is broken there is kept aside."""

@@ -12,7 +12,7 @@ them, and the residual stream, is float32 (`roc.core.products`).
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from roc.core import products
 from roc.device import lora, rotary
 
 ROPE_SCALINGS = ("llama3", "yarn")
+Dtype = Literal["float32", "bfloat16"]
 NO_ADAPTERS = lora.LoraConfig()
 _DEVIATION = 0.02  # of fresh embeddings
 
@@ -53,11 +54,12 @@ class ModelConfig:
   norm_eps: float = 1e-6
   tie_embeddings: bool = True
   # Of the operands of matrix products and of the cache; all else is float32.
-  dtype: str = "float32"
-  remat: str = "none"  # "none" | "full": recompute each layer in backward
+  dtype: Dtype = "float32"
+  # "full": recompute each layer in the backward pass.
+  remat: Literal["none", "full"] = "none"
   # "xla": plain operations; "pallas": kernels that only a TPU runs; "auto":
   # those on a TPU if the heads suit them, else plain operations.
-  attention: str = "auto"
+  attention: Literal["auto", "xla", "pallas"] = "auto"
 
 
 # Keys and values go in, the attention's output and the new cache come out.

@@ -181,6 +181,19 @@ def test_no_whole_one_is_an_error_that_names_them(tmp_path):
     checkpoints.restore(make_state())
 
 
+def test_a_step_that_is_not_there(tmp_path):
+  """Nothing is wrong with the directory, so nothing is to be moved."""
+  checkpoints = saved_steps(tmp_path, 35, 40)
+  with pytest.raises(errors.UserError) as e:
+    checkpoints.restore(make_state(), step=20)
+  assert "there is no checkpoint of step 20 under" in str(e.value)
+  assert "there is 35, 40" in str(e.value) and "move" not in str(e.value)
+  cut(checkpoints.path(40) / "extra.json")
+  with pytest.raises(errors.UserError, match="step 40 .*is not whole") as e:
+    checkpoints.restore(make_state(), step=40)
+  assert "there is 35" in str(e.value) and "move" not in str(e.value)
+
+
 def test_a_broken_one_is_set_aside_when_its_step_comes_again(tmp_path):
   checkpoints = saved_steps(tmp_path, 5, 10)
   cut(checkpoints.path(10) / "extra.json")
