@@ -19,11 +19,13 @@ _TOLERANCE = fractions.Fraction(1, 10**6)
 
 _CHARACTERS = str.maketrans(
   {
+    **{chr(0xFF01 + i): chr(0x21 + i) for i in range(94)},  # full width
     "−": "-",
     "–": "-",
     "π": r"\pi ",
     "∞": r"\infty ",
     "√": r"\sqrt ",
+    "∛": r"\sqrt[3] ",
     "×": r"\times ",
     "·": r"\cdot ",
     "÷": r"\div ",
@@ -31,17 +33,55 @@ _CHARACTERS = str.maketrans(
     "°": r"^\circ ",
     "≤": r"\le ",
     "≥": r"\ge ",
+    "≠": r"\ne ",
     "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∅": r"\emptyset ",
+    "½": r"\frac{1}{2}",
+    "⅓": r"\frac{1}{3}",
+    "⅔": r"\frac{2}{3}",
+    "¼": r"\frac{1}{4}",
+    "¾": r"\frac{3}{4}",
+    "⅕": r"\frac{1}{5}",
+    "⅖": r"\frac{2}{5}",
+    "⅗": r"\frac{3}{5}",
+    "⅘": r"\frac{4}{5}",
+    "⅙": r"\frac{1}{6}",
+    "⅚": r"\frac{5}{6}",
+    "⅛": r"\frac{1}{8}",
+    "⅜": r"\frac{3}{8}",
+    "⅝": r"\frac{5}{8}",
+    "⅞": r"\frac{7}{8}",
     "\N{NO-BREAK SPACE}": " ",
+    "\N{IDEOGRAPHIC SPACE}": " ",
     "\n": " ",
     "\t": " ",
   }
+)
+# Runs of them become one exponent, one index, one radicand.
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋", "0123456789+-")
+_RUNS = (
+  (re.compile("[⁰¹²³⁴-⁹⁺⁻⁽⁾ⁿ]+"), lambda m: f"^{{{m[0].translate(_RAISED)}}}"),
+  (re.compile("[₀-₉₊₋]+"), lambda m: f"_{{{m[0].translate(_LOWERED)}}}"),
+  (
+    re.compile(r"([√∛]) *(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\))"),
+    lambda m: f"{m[1]}{{{m[2] or m[3]}}}",
+  ),
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _REWRITES = tuple(
   (re.compile(pattern), replacement)
   for pattern, replacement in (
+    (r"\\log\{\\left\(", r"\\ln{\\left("),  # sympy's natural logarithm
+    (
+      r"\\operatorname\{(gcd|lcm|a?(?:sin|cos|tan)h?)\}",
+      lambda m: _named(m[1]),
+    ),
+    (r"\\text\{ ?, ?(?:and|or) ?\}", ", "),
+    (r"\^ ?e(?![A-Za-z])", "^{e}"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle)(?![A-Za-z])", ""),
+    (r"\\(gcd|lcm)\{(\([^{}]*\))\}", r"\\\1\2"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\varnothing", r"\\emptyset"),
     (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ""),  # thousands, whatever is around
@@ -68,6 +108,8 @@ _SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `4 2`
 _TWO_NUMBERS = re.compile(r"(?<![\d.,_^])\d+(?:[.,]\d+)* (?=\d)")
 
+_MANY_SIGNS = re.compile(r"!{5}|(?:[-+] ?){6}")
+
 _RELATION = re.compile(
   r"[=<>]|\\(?:n?eq?|l(?:eq?|t)|g(?:eq?|t)|in)(?![A-Za-z])"
 )
@@ -77,13 +119,21 @@ _NUMERIC_COMMANDS = re.compile(
   r"\\(?:frac|sqrt|pi|times|cdot|div|pm|circ|text|mathrm)(?![A-Za-z])"
 )
 # Where one of these stands in the answer and not in the gold answer, the
-# problem was restated, not solved.
+# problem was restated, not solved. Of calls as Python writes them, too.
 _UNDONE = re.compile(
-  r"\\(?:i+nt|oint|sum|prod|lim|gcd|lcm|max|min|det|[bp]?mod|operatorname"
-  r"|lfloor|lceil)(?![A-Za-z])"
+  r"\\(?:(i+nt|oint)|(sum|prod|lim|gcd|lcm|max|min|det|operatorname)"
+  r"|[bp]?(mod)|l(floor|ceil))(?![A-Za-z])"
+  r"|\\frac ?\{ ?(?:d|\\partial)[^{}]*\} ?\{ ?(?:d|\\partial) ?\\?[a-z]"
+  r"|(?<![A-Za-z\\])(gcd|lcm|max|min|det|floor|ceil|sum|prod|mod|lim|int)"
+  r"(?:ing|uct|it|egral|egrate|mation)?\(",
+  re.IGNORECASE,
 )
 
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?")
+_CHOICE_WITH_TEXT = re.compile(
+  r"(?:\(([A-J])\)|([A-J]) ?[).:])\s*(?!or\b|and\b|[,;])(\S.*)"
+)
+_CHOICES = re.compile(r"(?<![A-Za-z])[A-J][).:]|\bor\b")
 _WORDS = re.compile(r"[^\W\d_](?:[^\W_]|[ ,.'-])*")
 
 
@@ -160,16 +210,19 @@ def compare(answer: str, gold: str) -> Decision:
     return Decision(True, "same text", [])
   if len(answer) > rewards.MAX_ANSWER_CHARS:
     return Decision(False, "too long", [])
-  if not answer.translate(_CHARACTERS).isprintable():
+  if not _in_latex(answer).isprintable():
     return Decision(False, "control characters", [])
   a, g = tidy(answer), tidy(gold)
   if not a:
     return Decision(False, "empty", [])
   if _IDLE_SPACE.sub("", a) == _IDLE_SPACE.sub("", g):
     return Decision(True, "same text", [])
+  if choices := _compare_choices(a, g):
+    return choices
   by_words = _compare_words(a, g)
   if by_words is not None:
     return Decision(by_words, "words", [])
+  a = _without_list_brackets(a, g)
   fault = _fault(a, g)
   if fault:
     return Decision(False, fault, [])
@@ -178,7 +231,7 @@ def compare(answer: str, gold: str) -> Decision:
 
 def tidy(text: str) -> str:
   """The text without typographic variants that mean nothing."""
-  text = text.translate(_CHARACTERS).strip()
+  text = _in_latex(text).strip()
   text = text.removesuffix(".").strip()
   for start, end in _DELIMITERS:
     is_long = len(text) > len(start) + len(end)
@@ -194,6 +247,13 @@ def tidy(text: str) -> str:
   if _SPACED_THOUSANDS.fullmatch(text):
     text = text.replace(" ", "")
   return text
+
+
+def _in_latex(text: str) -> str:
+  """The text with LaTeX for the signs that have no place in ASCII."""
+  for pattern, replacement in _RUNS:
+    text = pattern.sub(replacement, text)
+  return text.translate(_CHARACTERS)
 
 
 def number(text: str) -> fractions.Fraction | None:
@@ -231,6 +291,25 @@ def is_same_number(
   if not has_decimal:
     return answer == gold
   return abs(answer - gold) <= _TOLERANCE * min(1, abs(gold))
+
+
+def _without_list_brackets(a: str, g: str) -> str:
+  """`1, 2` for Python's `[1, 2]`, unless the gold answer is no list either.
+
+  A pair in square brackets is an interval where the gold answer is one, and so
+  it is where that is a relation or a tuple.
+  """
+  is_list = a[0] == "[" and a[-1] == "]" and _encloses(a)
+  return (a[1:-1].strip() or a) if is_list and not _is_region(g) else a
+
+
+def _is_region(gold: str) -> bool:
+  """Whether a gold answer is an interval, a tuple, a matrix or a relation."""
+  return (
+    gold[0] in "(["
+    or _RELATION.search(gold) is not None
+    or re.search(r"\\(?:begin|cup|cap|mathbb|setminus)", gold) is not None
+  )
 
 
 # ------------------------------------------------------------------- sides
@@ -283,14 +362,26 @@ def _compare_quantities(
   for gold, answer in readings:
     x, y = number(answer), number(gold)
     if x is None or y is None:
-      left.append((gold, answer))
-    elif is_same_number(x, y, has_decimal=_is_decimal(gold + answer)):
+      left.append((_plain(gold), _plain(answer)))
+    elif is_same_number(x, y, has_decimal=_has_decimal(answer, gold)):
       return True, []
   return (None, left) if left else (False, [])
 
 
-def _is_decimal(text: str) -> bool:
-  return "." in text
+def _has_decimal(answer: str, gold: str) -> bool:
+  """Whether one of two numbers is rounded: 1.0 is an integer if the gold is."""
+  if "." not in answer or "." in gold:
+    return "." in gold
+  value = number(answer)
+  return value is None or value.denominator != 1
+
+
+def _plain(text: str) -> str:
+  r"""`3 \times 10^{8}` for `3e8`, which is a product in LaTeX."""
+  found = _SCIENTIFIC.fullmatch(text)
+  if not found:
+    return text
+  return f"{found[1]} \\times 10^{{{found[2] or found[3]}}}"
 
 
 def _hundredth(text: str) -> str:
@@ -301,12 +392,44 @@ def _radians(text: str) -> str:
   return f"\\frac{{({text})\\pi}}{{180}}"
 
 
+def _named(name: str) -> str:
+  return f"\\arc{name[1:]}" if name[0] == "a" else f"\\{name}"
+
+
 def _repeating(whole: str, digits: str) -> str:
   nines = "9" * len(digits)
   return f"\\frac{{{int(whole or '0') * int(nines) + int(digits)}}}{{{nines}}}"
 
 
 # ------------------------------------------------------------------- words
+
+
+def _compare_choices(a: str, g: str) -> Decision | None:
+  """Decides `C. 42` for `C` and the reverse; None where there is no choice.
+
+  Where the gold answer has the text too, the text alone is an answer.
+  """
+  chosen, gold = _choice(a), _choice(g)
+  if gold is None or (chosen is None and not gold[1]):
+    return None
+  if chosen is not None:
+    return (
+      Decision(chosen[0] == gold[0], "choice", [])
+      if (chosen[1] or gold[1])
+      else None
+    )
+  return compare(a, gold[1])
+
+
+def _choice(text: str) -> tuple[str, str] | None:
+  """Letter and text of `C`, `(C)`, `C. 42` and `\\textbf{(C)} 42`."""
+  flat = _flat(text)
+  if found := _CHOICE.fullmatch(flat):
+    return found[1].upper(), ""
+  found = _CHOICE_WITH_TEXT.fullmatch(flat)
+  if found is None or _CHOICES.search(found[3]):
+    return None
+  return found[1] or found[2], found[3].strip()
 
 
 def _compare_words(a: str, g: str) -> bool | None:
@@ -347,15 +470,25 @@ def _fault(a: str, g: str) -> str:
   """Why the answer is wrong whatever its value; empty if it may be right."""
   if _depth(a) > MAX_DEPTH:
     return "nested too deeply"
+  if _MANY_SIGNS.search(a):
+    return "nested too deeply"
   if _TWO_NUMBERS.search(a) and number(units.split(a).bare) is None:
     return "two numbers side by side"
-  undone = set(_UNDONE.findall(a)) - set(_UNDONE.findall(g))
+  undone = _operations(a) - _operations(g)
   if undone:
     return f"left undone: {min(undone)}"
   brackets = {_outer(a), _outer(g)}
   if len(brackets) == 2 and "{" in brackets and "" not in brackets:
     return "a set is no tuple"
   return ""
+
+
+def _operations(text: str) -> set[str]:
+  """Names of what is left to be carried out in a text."""
+  return {
+    next(filter(None, found.groups()), found[0]).lower()
+    for found in _UNDONE.finditer(text)
+  }
 
 
 def _depth(text: str) -> int:
@@ -369,11 +502,15 @@ def _depth(text: str) -> int:
 def _outer(text: str) -> str:
   """`(` or `[` or `{` of the brackets around a whole list, else nothing."""
   text = text.replace("\\{", "{").replace("\\}", "}")
-  if "," not in text or text[0] not in "([{":
-    return ""
+  is_list = "," in text and text[0] in "([{"
+  return text[0] if is_list and _encloses(text) else ""
+
+
+def _encloses(text: str) -> bool:
+  """Whether the bracket at the start is closed at the very end."""
   depth = 0
   for i, character in enumerate(text):
     depth += (character in "([{") - (character in ")]}")
     if depth == 0:
-      return text[0] if i == len(text) - 1 else ""
-  return ""
+      return i == len(text) - 1
+  return False

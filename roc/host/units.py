@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 # Words in LaTeX, such as `\text{cm}`; the group is what stands inside.
-WRAPPED = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}\\]*)\}"
+WRAPPED = r"\\(?:text(?:bf|it|normal|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}\\]*)\}"
 
 # Canonical name, then every other spelling; plurals in -s are understood.
 _SPELLINGS = (
@@ -48,11 +48,14 @@ _SIGN_UNITS = (
 )
 _BASE = re.compile(r"^(\d+)(_(?:\d|\{\d+\}))$")
 _LAST_WRAPPED = re.compile(
-  r"^(?P<bare>.*[\d})\].%]) ?" + WRAPPED + r"(?P<power> ?\^ ?\{?[23]\}?)?$"
+  r"^(?P<bare>.*[\d})\].%A-Za-z]) ?"
+  + WRAPPED
+  + r"(?P<power> ?\^ ?\{?[23]\}?)?$"
 )
 _NO_UNIT = re.compile(r"\d|^(?:and|or|if|when|for)\b")
 _LAST_WORDS = re.compile(
-  r"^(?P<bare>.*[\d})\].]) ?(?P<unit>[a-z¢][a-z. ]*)(?P<power>\^\{?[23]\}?)?$"
+  r"^(?P<bare>.*(?:[\d})\].]|(?:\\pi|(?<![A-Za-z\\])[A-Za-z])(?= )))"
+  r" ?(?P<unit>[a-z¢][a-z. ]*)(?P<power>\^\{?[23]\}?)?$"
 )
 
 
@@ -88,6 +91,8 @@ def split(text: str) -> Quantity:
     if not words or _NO_UNIT.search(words):
       return Quantity(text, "")
     unit = _unit(words, found["power"])
+    if found["bare"][-1].isalpha() and unit is None:
+      return Quantity(text, "")  # words behind a letter may be anything
     # `50\% \text{ of them}`: the sign before unknown words is the unit.
     bare = found["bare"].strip()
     return Quantity(bare, unit) if unit else split(bare)

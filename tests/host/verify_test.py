@@ -11,7 +11,7 @@ from concurrent import futures
 import pytest
 
 from roc import layout
-from roc.host import rewards, verify
+from roc.host import answers, rewards, verify
 from roc.host import sandbox as sandbox_lib
 from roc.host.sandbox import contract
 
@@ -54,6 +54,46 @@ def table(checker):
 def test_the_documented_policy(table, gold, answer, is_equal):
   check = table[gold, answer]
   assert (check.status, check.is_equal) == ("ok", is_equal), check.reason
+
+
+def examples():
+  """The lines `gold | answer | yes or no` of tests/golden/answers.txt."""
+  lines = (ROOT / "tests" / "golden" / "answers.txt").read_text().splitlines()
+  found = [line.rsplit(" | ", 2) for line in lines if line and line[0] != "#"]
+  return [(gold, answer, equal == "yes") for gold, answer, equal in found]
+
+
+def test_examples(box):
+  """Exact numbers, Python's notation, typography; a few processes for all."""
+  left, wrong = {}, []
+  for gold, answer, is_equal in examples():
+    decision = answers.compare(answer, gold)
+    if decision.is_equal is None:
+      left[gold, answer] = decision.pairs
+      assert decision.pairs, gold
+    elif decision.is_equal != is_equal:
+      wrong.append((gold, answer, decision))
+  assert len(left) > 100
+  questions = list(left)
+  batches = [questions[i::4] for i in range(4)]
+  running = [
+    box.submit(
+      verify.PROGRAM,
+      stdin=json.dumps({"batch": [left[one] for one in batch]}),
+      limits=contract.Limits(wall_s=200.0, cpu_s=60.0, memory_mb=1024),
+    )
+    for batch in batches
+  ]
+  wanted = {(gold, answer): is_equal for gold, answer, is_equal in examples()}
+  for batch, one in zip(batches, running, strict=True):
+    result = one.result()
+    assert result.status == Status.OK, result.stderr
+    for question, verdict in zip(
+      batch, json.loads(result.stdout)["verdicts"], strict=True
+    ):
+      if verdict["is_equal"] is not wanted[question]:
+        wrong.append((*question, verdict))
+  assert not wrong
 
 
 def test_every_gold_of_the_table_equals_itself(checker):
@@ -111,6 +151,24 @@ HOSTILE = [
   "5" * 10**5,
   "\\frac{1}{0}",
   "\\frac{0}{0}",
+  "7+\\frac{0}{0}",
+  "\\infty-\\infty",
+  "7+0\\cdot\\infty",
+  "7\\cdot 1^{\\infty}",
+  "7+\\sin\\infty",
+  "8-\\tanh 10000",
+  "8-\\tanh 100",
+  "7+e^{-100000}",
+  "7+e^{-e^{9}}",
+  "7+\\cos(10^{-3000})-1",
+  "[v for v in ().__class__.__bases__]",
+  "sqrt.__globals__",
+  "Matrix.__init__(1)",
+  "sqrt(__import__(1))",
+  "factorial(10**9)",
+  "Interval(0, 7).__class__",
+  "2**2**2**2**2**2",
+  "np.load(7)",
   "5\0",
   "\ud800",
   "5\ud800",
@@ -282,7 +340,7 @@ def test_a_check_without_end_is_a_status(box):
 def test_a_gold_that_cannot_be_read_is_the_datasets_fault(checker, gold):
   check = checker.submit("x+1", gold).result()
   assert (check.status, check.is_equal) == ("bad_gold", None)
-  if gold.strip():
+  if gold.strip(" $"):
     assert checker.submit(gold, gold).result().is_equal
 
 
