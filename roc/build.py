@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import shutil
 import types
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from roc.device import (
   sampling,
   sharding,
 )
-from roc.host import golds, tools
+from roc.host import golds, tools, traces
 from roc.host.sandbox import contract
 from roc.host.tasks import problem as problem_lib
 
@@ -281,6 +282,37 @@ def checkpoints(
   """The checkpoints of a run, in its workdir or where `config` says."""
   directory = cfg.checkpoint.directory or workdir / "checkpoints"
   return checkpoint.Checkpoints(directory, keep=cfg.checkpoint.keep)
+
+
+def go_back(
+  checkpoints: checkpoint.Checkpoints, workdir: pathlib.Path, step: int
+) -> None:
+  """Sets aside what a run did after a step that it is to go on from again.
+
+  Newer checkpoints, rollouts, and a copy of metrics.jsonl go to
+  WORKDIR/set_aside_N; the rows of the metrics themselves go when the log is
+  opened.
+  """
+  n = 0
+  while (aside := workdir / f"set_aside_{n}").exists():
+    n += 1
+  newer = checkpoints.set_aside(step, aside / "checkpoints")
+  later = traces.later_than(workdir, step)
+  if not newer and not later:
+    return
+  (aside / "rollouts").mkdir(parents=True, exist_ok=True)
+  if (workdir / runlog.METRICS).exists():
+    shutil.copy(workdir / runlog.METRICS, aside)
+  for path in later:
+    path.rename(aside / "rollouts" / path.name)
+  steps = ", ".join(map(str, newer)) or "none"
+  what = (
+    "deleted" if places.is_remote(checkpoints.directory) else "in there too"
+  )
+  say(
+    f"going back to step {step}: metrics and rollouts of later steps are in"
+    f" {aside}; later checkpoints (of steps: {steps}) are {what}"
+  )
 
 
 def check_prompts(

@@ -71,6 +71,14 @@ def define_flags(is_run: bool = False) -> flags.FlagValues:
       "go on in a workdir that another configuration was started in",
       flag_values=values,
     )
+    flags.DEFINE_integer(
+      "restore_step",
+      None,
+      "go back to the checkpoint of this step and on from there; what came"
+      " after it is set aside. Leave it out to go on afterwards",
+      lower_bound=1,
+      flag_values=values,
+    )
   flags.DEFINE_bool(
     "dry_run",
     False,

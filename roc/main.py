@@ -11,6 +11,7 @@ import errno
 import importlib
 import os
 import pathlib
+import re
 import shlex
 import sys
 import textwrap
@@ -189,13 +190,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS or not COMMANDS[argv[0]].goes_on:
       print("\ninterrupted", file=sys.stderr)
       return 130
-    again = shlex.join(["python", "-m", "roc.main", *argv])
+    rest = _without_going_back(argv)
+    again = shlex.join(["python", "-m", "roc.main", *rest])
+    which = "the same command" if rest == argv else "without --restore_step"
     print(
-      "\ninterrupted; to go on where it was, run the same command again:"
-      f" {again}",
+      f"\ninterrupted; to go on where it was, run {which} again: {again}",
       file=sys.stderr,
     )
     return 130
+
+
+def _without_going_back(argv: list[str]) -> list[str]:
+  """A command line that goes on from the newest checkpoint."""
+  rest, remaining = [], iter(argv)
+  for arg in remaining:
+    if re.fullmatch(r"--?restore_step", arg):
+      next(remaining, None)
+    elif not re.match(r"--?restore_step=", arg):
+      rest.append(arg)
+  return rest
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -261,7 +274,10 @@ def _run(
     if config is not None and config.checkpoint.directory:
       runlog.forget_store(places.as_path(config.checkpoint.directory))
   try:
-    program.run(config, workdir)
+    if command.is_run and values.restore_step is not None:
+      program.run(config, workdir, restore_step=values.restore_step)
+    else:
+      program.run(config, workdir)
   except OSError as e:
     if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
       raise

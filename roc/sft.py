@@ -15,13 +15,24 @@ from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.core import metrics
 from roc.device import learner as learner_lib
+from roc.device import model as model_lib
 from roc.device import optim
 from roc.device import step as step_lib
 from roc.host import pack
 
 
-def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
+def run(
+  cfg: config_lib.Config,
+  workdir: pathlib.Path,
+  *,
+  restore_step: int | None = None,
+) -> None:
   """Trains from nothing, `init_from` or `pretrained`; resumable.
+
+  Args:
+    cfg: of the run.
+    workdir: of the run.
+    restore_step: go back to the checkpoint of this step.
 
   Raises:
     errors.UserError: bad input, before any work starts.
@@ -30,19 +41,12 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   # ------------------------------------------------------------- parts
   host = build.host_parts(cfg)
   policy = build.make_policy(cfg, host)
-  mesh = build.make_mesh(cfg)
-  learner = learner_lib.Learner(
-    policy,
-    optim.make_optimizer(cfg.sft),
-    step_lib.sft_loss(policy, cfg.loss.logprob_chunk),
-    mesh,
-    n_microbatches=cfg.sft.rows // (cfg.sft.microbatch_rows or cfg.sft.rows),
-  )
+  learner = _make_learner(cfg, policy)
   claim = build.claim(cfg, host, workdir, "sft", lessons.identity(cfg))
   checkpoints = build.checkpoints(cfg, workdir)
   with claim:
     # ---------------------------------------------------------- restore
-    restored = checkpoints.restore(learner.abstract_state)
+    restored = checkpoints.restore(learner.abstract_state, restore_step)
     for note in checkpoints.notes:
       build.say(note)
     start = restored.step if restored else 0
@@ -61,6 +65,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     if found.heldout:
       apart = heldout.Heldout(cfg, policy, host, learner, found.heldout)
 
+    if restore_step is not None:
+      build.go_back(checkpoints, workdir, restore_step)
     # ------------------------------------------------------------- loop
     weights_of = jax.jit(step_lib.sft_weights)
     rate_of = optim.learning_rate(cfg.sft)
@@ -93,6 +99,18 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
         bar.update(step, row)
         if step % (cfg.checkpoint.every * 20) == 0 or step == cfg.sft.steps:
           checkpoints.save(step, state, {"tokens": n_tokens})
+
+
+def _make_learner(
+  cfg: config_lib.Config, policy: model_lib.Policy
+) -> learner_lib.Learner:
+  return learner_lib.Learner(
+    policy,
+    optim.make_optimizer(cfg.sft),
+    step_lib.sft_loss(policy, cfg.loss.logprob_chunk),
+    build.make_mesh(cfg),
+    n_microbatches=cfg.sft.rows // (cfg.sft.microbatch_rows or cfg.sft.rows),
+  )
 
 
 def _is_measured(cfg: config_lib.Config, step: int) -> bool:

@@ -236,8 +236,18 @@ def read_replay(cfg: config_lib.Config, policy: Any) -> replay.Replay:
   return saved
 
 
-def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
+def run(
+  cfg: config_lib.Config,
+  workdir: pathlib.Path,
+  *,
+  restore_step: int | None = None,
+) -> None:
   """Trains to `cfg.train.steps`, or goes on from the newest checkpoint.
+
+  Args:
+    cfg: of the run.
+    workdir: of the run.
+    restore_step: go back to the checkpoint of this step instead.
 
   Raises:
     errors.UserError: bad input, before any work starts.
@@ -259,7 +269,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
     trainer = Trainer(cfg, host, toolbox, policy, learner, saved)
 
     # ------------------------- where from: own checkpoint, init_from, nothing
-    restored = checkpoints.restore(learner.abstract_state)
+    restored = checkpoints.restore(learner.abstract_state, restore_step)
     for note in checkpoints.notes:
       build.say(note)
     start = restored.step if restored else 0
@@ -282,6 +292,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       )
       trainer.updates.set_reference(first)
 
+    if restore_step is not None:
+      build.go_back(checkpoints, workdir, restore_step)
     _loop(trainer, workdir, checkpoints, state, start, host.tokenizer)
     build.say(curves.time_split(curves.read(workdir / runlog.METRICS)))
 

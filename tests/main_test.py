@@ -256,7 +256,7 @@ def test_a_programs_user_error_and_a_bug_are_told_apart(
   experiment, monkeypatch, capsys
 ):
   def stop_with(e):
-    def run(cfg, workdir):
+    def run(cfg, workdir, **_):
       raise e
 
     program = types.SimpleNamespace(run=run)
@@ -272,3 +272,21 @@ def test_a_programs_user_error_and_a_bug_are_told_apart(
   assert main.main(argv) == 130
   err = capsys.readouterr().err
   assert "interrupted" in err and "python -m roc.main train --config" in err
+  # It would go back once more.
+  for going_back in (["--restore_step=5"], ["--restore_step", "5"]):
+    assert main.main(["train", *going_back, *argv[1:]]) == 130
+    err = capsys.readouterr().err
+    assert err.count("restore_step") == 1
+    assert "run without --restore_step again" in err
+
+
+def test_going_back_is_told_to_the_program(monkeypatch, experiment):
+  asked = []
+  program = types.SimpleNamespace(
+    run=lambda *a, **options: asked.append(options)
+  )
+  monkeypatch.setattr(main, "_program", lambda name: program)
+  for command in ("train", "sft"):
+    argv = [command, f"--config={experiment}", "--workdir=w"]
+    assert main.main(argv) == main.main([*argv, "--restore_step=5"]) == 0
+  assert asked == [{}, {"restore_step": 5}] * 2

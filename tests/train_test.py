@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import jax.monitoring
@@ -365,6 +366,51 @@ def test_a_finished_run_says_so(ran, capsys):
   assert (ran.train / runlog.METRICS).read_bytes() == before
   sft.run(settings(), ran.sft)
   assert f"all {SFT_STEPS} steps are done" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------- going back
+
+
+@pytest.mark.slow
+def test_going_back_repeats_what_came_after(ran, tmp_path, capsys):
+  """To the bit, as nothing has changed; what there was is set aside."""
+  shutil.copytree(ran.train, tmp_path / "run")
+  workdir, aside = tmp_path / "run", tmp_path / "run" / "set_aside_0"
+  train.run(ran.cfg, workdir, restore_step=2)
+  assert f"later steps are in {aside}" in capsys.readouterr().out
+  assert rows_of(workdir) == rows_of(ran.train) == rows_of(aside)
+  assert_same_bits(
+    final_state(ran.cfg, workdir), final_state(ran.cfg, ran.train)
+  )
+  assert checkpoint.Checkpoints(aside / "checkpoints").steps() == [3]
+  names = {path.name for path in (aside / "rollouts").iterdir()}
+  assert names == {"step_000003.jsonl", "eval_000003.jsonl"}
+  with pytest.raises(errors.UserError, match=r"of step 1 .*there is 2, 3"):
+    train.run(ran.cfg, workdir, restore_step=1)
+  assert not (workdir / "set_aside_1").exists()
+
+
+@pytest.mark.slow
+def test_going_back_in_a_supervised_run(ran, tmp_path):
+  shutil.copytree(ran.sft, tmp_path / "sft")
+  sft.run(settings(), tmp_path / "sft", restore_step=100)
+  assert rows_of(tmp_path / "sft") == rows_of(ran.sft)
+  assert_same_bits(
+    final_state(settings(), tmp_path / "sft", "sft"),
+    final_state(settings(), ran.sft, "sft"),
+  )
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_is_never_saved(ran, tmp_path):
+  broken = {"lr": 3e38, "weight_decay": 1e3, "warmup": 0}
+  for program, name in ((train, "train"), (sft, "sft")):
+    changes = {f"{name}.{key}": value for key, value in broken.items()}
+    cfg = settings(init_from=str(ran.sft), **changes)
+    with pytest.raises(errors.UserError, match="step 1: the update is not"):
+      program.run(cfg, tmp_path / name)
+    assert not (tmp_path / name / "checkpoints").exists()
+    assert len(rows_of(tmp_path / name)) == (name == "train")
 
 
 # ---------------------------------------------------------------- evaluation

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from roc import build, config, errors, layout, updates
+from roc import build, config, errors, layout, parameters, updates
 from roc.device import checkpoint, lora, model
 from roc.device import learner as learner_lib
 
@@ -188,6 +189,25 @@ def test_scoring_needs_no_more_than_a_microbatch():
     scores.append(compiled(*args))
   assert sizes[1] < 0.3 * sizes[0]
   np.testing.assert_allclose(scores[0], scores[1], atol=1e-6)
+
+
+def test_a_resumed_run_builds_no_second_state(tmp_path, monkeypatch):
+  """What lives is the restored state, and nothing was made beside it."""
+  cfg = settings()
+  run = start(cfg)
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(1, run.state, {})
+  live = lambda: sum(x.nbytes for x in jax.live_arrays())
+  size = sum(x.nbytes for x in jax.tree.leaves(run.state))
+  for name in ("init", "start_from", "take"):
+    monkeypatch.delattr(learner_lib.Learner, name)
+  gc.collect()
+  before = live()
+  restored = saved.restore(run.learner.abstract_state)
+  state = parameters.go_on(cfg, run.learner, restored)
+  gc.collect()
+  assert size <= live() - before < 1.1 * size
+  assert state is restored.state
 
 
 # ---------------------------------------------------------------- learning rate

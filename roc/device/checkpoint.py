@@ -19,6 +19,7 @@ import dataclasses
 import errno
 import json
 import os
+import pathlib
 import re
 import shutil
 from typing import Any
@@ -74,13 +75,14 @@ class Checkpoints:
 
   def newest_whole_step(self) -> int | None:
     """Returns the step that `restore` would find, or None."""
-    for step in reversed(self.steps()):
-      try:
-        manifest_lib.verify(self.path(step))
-      except manifest_lib.Broken:
-        continue
-      return step
-    return None
+    return next((s for s in reversed(self.steps()) if self._is_whole(s)), None)
+
+  def _is_whole(self, step: int) -> bool:
+    try:
+      manifest_lib.verify(self.path(step))
+    except manifest_lib.Broken:
+      return False
+    return True
 
   def path(self, step: int) -> places.Path:
     """Returns where the checkpoint of `step` lies, or would."""
@@ -134,6 +136,31 @@ class Checkpoints:
       with places.reaching(target, "written"):
         raise
     return target
+
+  def set_aside(self, after: int, directory: pathlib.Path) -> list[int]:
+    """Moves checkpoints newer than a step away, so that the run forgets them.
+
+    Else they would count as the newest. In an object store, which renames
+    nothing, they are deleted.
+
+    Args:
+      after: the step.
+      directory: of the local disk; made if there is something to move.
+
+    Returns:
+      Their steps.
+    """
+    newer = [step for step in self.steps() if step > after]
+    if _is_first_process():
+      # The newest first: whatever interrupts, those that are left have no gap.
+      for step in reversed(newer):
+        if self._is_remote:
+          manifest_lib.remove(self.path(step))
+        else:
+          directory.mkdir(parents=True, exist_ok=True)
+          shutil.move(self.path(step), directory)
+    _barrier("checkpoint_set_aside")
+    return newer
 
   def restore(
     self,

@@ -27,6 +27,16 @@ def is_evaluation(path: pathlib.Path) -> bool:
   return re.fullmatch(r"eval_\d{6,}\.jsonl", path.name) is not None
 
 
+def later_than(workdir: pathlib.Path, step: int) -> list[pathlib.Path]:
+  """Files of `path_of` and `evaluation_path` of later steps."""
+  found = []
+  for path in sorted((workdir / "rollouts").glob("*.jsonl")):
+    match = re.fullmatch(r"(?:step|eval)_(\d{6,})\.jsonl", path.name)
+    if match and int(match[1]) > step:
+      found.append(path)
+  return found
+
+
 def annotate(
   groups: Sequence[Sequence[episode_lib.Episode]],
   *,

@@ -89,6 +89,36 @@ def test_keeps_the_newest(tmp_path):
   assert checkpoints.restore(make_state(), step=10).extra == {"cursor": 10}
 
 
+def test_newer_ones_are_set_aside(tmp_path):
+  """Else they would be restored, and what is saved next removed as old."""
+  checkpoints = saved_steps(tmp_path, 5, 10, 15, keep=2)
+  aside = tmp_path / "aside"
+  assert checkpoints.set_aside(15, aside) == [] and not aside.exists()
+  assert checkpoints.set_aside(10, aside) == [15]
+  assert checkpoints.steps() == [10]
+  assert checkpoint.Checkpoints(aside).restore(make_state()).step == 15
+  checkpoints.save(11, make_state(11), {})
+  assert checkpoints.steps() == [10, 11]
+  assert checkpoints.newest_whole_step() == 11
+  flip(checkpoints.path(11) / "manifest.json")
+  assert checkpoints.newest_whole_step() == 10
+
+
+def test_the_count_of_an_older_schedule_is_not_missed(tmp_path):
+  """It was saved beside Adam's; nothing reads it any more."""
+  count, mu = jnp.int32(4), jnp.ones(3)
+  state = {
+    "opt_state": [{}, [{"count": count, "mu": mu}, {}, {"count": count}]]
+  }
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  checkpoints.save(1, state, {})
+  wanted = {"opt_state": [{}, [{"count": count, "mu": mu}, {}, {}]]}
+  assert_equal_bits(checkpoints.restore(wanted).state, wanted)
+  del wanted["opt_state"][1][0]["mu"]
+  with pytest.raises(errors.UserError, match="mu is .* should not be there"):
+    checkpoints.restore(wanted)
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
   checkpoints = saved_steps(tmp_path, 4)
   checkpoints.save(4, make_state(9), {"cursor": "again"})
