@@ -35,18 +35,21 @@ def show_source(file: str, code: str) -> None:
 def find_file(object: typing.Any) -> str:
   """`inspect.getfile` that finds the programs' own classes too.
 
-  The original asks for the file of a class' module, and all cells are one.
+  The original asks for the file of a class' module, and all cells are one. So
+  the newest cell is taken that defines such a class; from Python 3.13 on, which
+  notes its line, one that does so there.
   """
   if isinstance(object, type) and object.__module__ == "__main__":
-    line = getattr(object, "__firstlineno__", 0)  # from Python 3.13 on
-    opening = re.compile(rf"(?m)^[ \t]*class {re.escape(object.__name__)}\b")
-    for file in reversed(linecache.cache):
-      text = "".join(linecache.getlines(file)[max(0, line - 1) :])
-      if file.startswith(TOOL_FILE[:-1]) and (
-        re.match(rf"(?:\s*@.*\n)*\s*class {object.__name__}\b", text)
-        if line
-        else opening.search(text)
-      ):
+    line = getattr(object, "__firstlineno__", None)
+    opening = rf"[ \t]*class {re.escape(object.__name__)}\b"
+    found = (
+      re.compile(rf"(?m)^{opening}").search
+      if line is None
+      else re.compile(rf"(?:[ \t]*@.*\n)*{opening}").match
+    )
+    files = [file for file in linecache.cache if file.startswith("<tool")]
+    for file in reversed(files):
+      if found("".join(linecache.getlines(file)[(line or 1) - 1 :])):
         return file
   return _getfile(object)
 

@@ -13,7 +13,6 @@ import types
 from roc.host.sandbox import scratch
 
 _FENCE = re.compile(r"\s*(?:```|~~~)[\w+-]*[ \t]*\n")
-_FENCE_END = re.compile(r"\n?[ \t]*(?:```|~~~)\s*\Z")
 _FENCE_LINE = re.compile(r"(?m)^[ \t]*(?:```|~~~)")
 _MAGIC = re.compile(r"\s*(?:[\w, ]+=\s*)?(%%?[A-Za-z]\w*)")
 _SHELL = re.compile(r"\s*(?:[\w, ]+=\s*)?(!!?\s*[\w./-]+)")
@@ -32,10 +31,12 @@ def clean(code: str) -> str:
   opening = _FENCE.match(code)
   if opening is None:
     return code
-  body = _FENCE_END.sub("\n", code[opening.end() :])
+  body, _, last = code[opening.end() :].rstrip().rpartition("\n")
+  if last.strip() not in ("```", "~~~"):  # cut off before its end
+    body = f"{body}\n{last}"
   if _FENCE_LINE.search(body):
     return code  # text follows, or another block
-  return "\n" * opening[0].count("\n") + body
+  return "\n" * opening[0].count("\n") + body + "\n"
 
 
 def compile_script(code: str, file: str, home: str) -> types.CodeType:

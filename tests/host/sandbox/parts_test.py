@@ -1,6 +1,7 @@
 """The pure parts: records, wire, verdict, cleaning."""
 
 import json
+import linecache
 import os
 import signal
 
@@ -12,6 +13,7 @@ from roc.host.sandbox import (
   calls,
   contract,
   packages,
+  report,
   running,
   scratch,
   verdict,
@@ -203,3 +205,18 @@ def test_the_model_is_told_what_is_installed(monkeypatch):
   assert "library and numpy are installed" in packages.surroundings()
   monkeypatch.setattr(packages, "is_installed", lambda name: False)
   assert packages.surroundings().startswith("Only the standard library is")
+
+
+def test_a_class_is_found_in_its_cell_by_the_line_that_newer_pythons_note(
+  monkeypatch,
+):
+  monkeypatch.setattr(linecache, "cache", {})
+  report.show_source("<tool>", "x = 1\n\n@mark\nclass A:\n  y = 2\n")
+  report.show_source("<tool 2>", "class A:\n  y = 3\n\nclass AB: pass\n")
+  report.show_source("<tool 3>", "text = 'class B'\n")
+  made = type("A", (), {"__module__": "__main__"})
+  assert report.find_file(made) == "<tool 2>"
+  made.__firstlineno__ = 3
+  assert report.find_file(made) == "<tool>"
+  made.__firstlineno__ = 1
+  assert report.find_file(made) == "<tool 2>"
