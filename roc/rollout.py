@@ -73,7 +73,8 @@ class Limits:
   max_tokens: int
   max_calls: int
   # Seconds; 0: none. They guard against an environment that hangs: what meets
-  # one is VOID, as it depends on the machine's speed.
+  # one is VOID, as it depends on the machine's speed; but a call whose program
+  # was running is a TIMEOUT like any other.
   call_deadline: float = 0.0
   rollout_deadline: float = 0.0
 
@@ -254,9 +255,11 @@ class AgentLoop:
       if not live.calls or live.episode.stop_reason is not None:
         continue
       if not all(call.done() for call in live.calls):
-        self._give_up_late_calls(live)
+        outcomes = self._give_up_late_calls(live)
+      else:
+        outcomes = [call.result() for call in live.calls]
+      if outcomes is None:
         continue
-      outcomes = [call.result() for call in live.calls]
       live.calls = []
       for outcome in outcomes:
         live.episode.record_call(outcome)
@@ -276,13 +279,21 @@ class AgentLoop:
     if observations:
       self.sampler.extend(observations)
 
-  def _give_up_late_calls(self, live: _Live) -> None:
-    """Ends a rollout whose tools, or itself, took longer than they may."""
+  def _give_up_late_calls(self, live: _Live) -> list[tools.ToolOutcome] | None:
+    """Ends calls that took longer than they may, or else the rollout.
+
+    Returns:
+      Outcomes of calls whose programs ran all the time, which is the model's
+      fault; None where there is more to wait for, or the rollout has ended.
+    """
     now = time.monotonic()
     if 0 < self.limits.call_deadline < now - live.calls_since:
-      live.episode.stop(layout.StopReason.DEADLINE, verdict="call_deadline")
-    else:
-      self._give_up_if_late(live, now)
+      outcomes = self.toolbox.give_up(live.calls)
+      if outcomes is None:
+        live.episode.stop(layout.StopReason.DEADLINE, verdict="call_deadline")
+      return outcomes
+    self._give_up_if_late(live, now)
+    return None
 
   def _give_up_if_late(self, live: _Live, now: float) -> None:
     since = now if live.since is None else live.since

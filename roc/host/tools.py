@@ -1,5 +1,6 @@
 """Runs the model's calls in a sandbox and tells it which tool there is."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -21,6 +22,9 @@ class ToolOutcome:
   call: calls.ToolCall
   status: layout.ToolStatus
   text: str
+
+
+_CANCEL_S = 2.0  # for a program that was cancelled to be dead
 
 
 class Runner(Protocol):
@@ -142,7 +146,9 @@ class Toolbox:
       renderers.RENDERERS[renderer] if isinstance(renderer, str) else renderer
     )
     self._max_chars = max_chars
-    self._running: dict[futures.Future, futures.Future] = {}
+    self._running: dict[
+      futures.Future, tuple[futures.Future, calls.ToolCall]
+    ] = {}
 
   @property
   def tool_name(self) -> str:
@@ -212,19 +218,62 @@ class Toolbox:
         except Exception as error:  # a renderer's bug must reach the waiter
           done.set_exception(error)
 
-    self._running[done] = running
+    self._running[done] = running, call
     running.add_done_callback(finish)
     return done
 
   def cancel(self, call: futures.Future[ToolOutcome]) -> None:
     """Gives up a call whose outcome nobody will read, and kills its program."""
-    running = self._running.get(call)
-    if running is None:
+    if call not in self._running:
       return
+    running, _ = self._running[call]
     if hasattr(self.sandbox, "cancel"):
       self.sandbox.cancel(running)  # pyrefly: ignore  # a test's may have none
     else:
       running.cancel()
+
+  def give_up(
+    self, submitted: Sequence[futures.Future[ToolOutcome]]
+  ) -> list[ToolOutcome] | None:
+    """Ends the calls of a turn that take too long, and says whose fault it is.
+
+    Args:
+      submitted: futures that `submit` returned, of one turn.
+
+    Returns:
+      Their outcomes, TIMEOUT for those that were not over; or None when the
+      sandbox was running the program of none of them: then it is not the
+      model's fault.
+    """
+    late = {f: self._running[f] for f in submitted if f in self._running}
+    for future in late:
+      self.cancel(future)
+    ended = {}
+    for future, (running, call) in late.items():
+      with contextlib.suppress(
+        TimeoutError, futures.CancelledError, futures.TimeoutError
+      ):
+        ended[future] = call, running.result(_CANCEL_S)
+    void = layout.ToolStatus.INFRA
+    ran = [
+      r
+      for _, r in ended.values()
+      if r.status != void or getattr(r, "wall_ms", 0.0)
+    ]
+    if late and not ran:
+      return None
+    outcomes = []
+    for future in submitted:
+      if future in late:
+        call, result = ended.get(future, (late[future][1], ran[0]))
+        if result.status == void:
+          result = dataclasses.replace(
+            result, status=layout.ToolStatus.TIMEOUT, stderr="", cause="wall"
+          )
+        outcomes.append(self._outcome(call, result.status, result))
+      else:
+        outcomes.append(future.result())
+    return outcomes
 
   def stats(self) -> dict[str, Any]:
     """The sandbox's counters, see `sandbox.Sandbox.stats`."""

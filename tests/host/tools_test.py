@@ -1,6 +1,7 @@
 """The toolbox: what runs, what is rejected at once, what the model reads."""
 
 import json
+import time
 from concurrent import futures
 
 import pytest
@@ -203,3 +204,25 @@ def test_what_is_said_to_be_installed_is():
       "print(os.environ['TQDM_DISABLE'])"
     )
   assert result.stdout == "1\n", result
+
+
+def test_a_late_call_is_the_models_fault_where_its_program_was_running():
+  nap = "print('before', flush=True)\nimport time\ntime.sleep(9)"
+  limits = sandbox.Limits(wall_s=20)
+  with sandbox.Sandbox(limits, n_workers=1) as runner:
+    box = tools.Toolbox(runner)
+    quick = box.submit(_call("print(1)"), trajectory=1)
+    assert quick.result(timeout=20).text == "1"
+    running = box.submit(_call(nap), trajectory=1)
+    behind = box.submit(_call("print(2)"), trajectory=2)
+    time.sleep(0.3)
+    # What waits for another rollout's program has not run.
+    assert box.give_up([behind]) is None
+    outcomes = box.give_up([quick, running])
+    assert [o.status for o in outcomes] == [STATUS.OK, STATUS.TIMEOUT]
+    assert outcomes[1].text == "Timeout"
+    # Cells of one turn wait for each other.
+    cells = tools.Toolbox(runner, tool="session")
+    both = [cells.submit(_call(nap), trajectory=3) for _ in "12"]
+    time.sleep(0.3)
+    assert {o.status for o in cells.give_up(both)} == {STATUS.TIMEOUT}

@@ -123,7 +123,7 @@ class Dispatcher:
     deadline = time.monotonic() + wait_s
     refusal, cause = "", "sandbox"
     with self._lock:
-      while self._queue.is_full and not self._is_closing:
+      while self._queue.is_full and not (self._is_closing or call.is_cancelled):
         left = deadline - time.monotonic()
         if left <= 0 and not final:
           return False
@@ -132,6 +132,8 @@ class Dispatcher:
           break
       if self._is_closing:
         refusal = "the sandbox was closed"
+      elif call.is_cancelled:
+        refusal, cause = "cancelled", "cancelled"
       elif call.session in self._lost:
         refusal, cause = "the session was lost by the sandbox", "session"
       refusal = refusal or self._down_reason
@@ -149,12 +151,14 @@ class Dispatcher:
     return next((call for call in among if call.future is future), None)
 
   def cancel(self, call: calls.Call) -> bool:
-    """Ends a call as INFRA; False when it is over."""
+    """Ends a call as INFRA, also one inside `put`; False when it is over."""
     with self._lock:
       if call.id in self._sent:
         self._cancel_sent(call)
         return True
       if call not in self._queue:
+        call.is_cancelled = True
+        self._has_room.notify_all()
         return False
       self._queue.remove(call)
       self._has_room.notify()

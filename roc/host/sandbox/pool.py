@@ -192,9 +192,9 @@ class Sandbox:
     """`run` for asyncio; a task that is cancelled kills its program."""
     call = self._new_call(code, **_call_arguments(kw))
     put = self._dispatcher.put
-    if not call.future.done() and not put(call, 0.0, final=False):
-      await asyncio.to_thread(put, call)
     try:
+      if not call.future.done() and not put(call, 0.0, final=False):
+        await asyncio.to_thread(put, call)
       return await asyncio.wrap_future(call.future)
     except asyncio.CancelledError:
       self._dispatcher.cancel(call)

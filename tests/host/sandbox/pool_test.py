@@ -331,3 +331,25 @@ def test_two_thousand_mixed_calls_leave_nothing_behind(tools):
     assert after[:2] == before[:2]
     assert after[2] < before[2] + 3
     assert len(os.listdir(os.path.join(box._link._root, "work"))) == 0
+
+
+def test_a_task_that_is_cancelled_while_the_queue_is_full_never_runs(tools):
+  with tools.Sandbox(n_workers=1, queue_size=1) as box:
+
+    async def main():
+      nap = "import time\ntime.sleep(0.6)"
+      # One worker, one more sent ahead, one in the queue.
+      full = [box.submit(nap, trajectory=i) for i in range(3)]
+      late = asyncio.ensure_future(box.arun("print('ran')"))
+      await asyncio.sleep(0.2)
+      assert not late.done()
+      late.cancel()
+      with pytest.raises(asyncio.CancelledError):
+        await late
+      return [await asyncio.wrap_future(f) for f in full]
+
+    results = asyncio.run(main())
+    assert {r.status for r in results} == {ToolStatus.OK}
+    assert box.run("print('next')").stdout == "next\n"
+    status = box.stats()["status"]
+    assert status == {"ok": 4, "infra": 1}
