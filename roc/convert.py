@@ -25,7 +25,7 @@ from typing import Any
 
 import rich.console
 
-from roc import cli, errors, layout
+from roc import cli, errors, jsonl, layout
 from roc import progress as progress_lib
 from roc.host import calls, renderers, tools
 from roc.host import sandbox as sandbox_lib
@@ -49,10 +49,12 @@ def main(argv: Sequence[str]) -> int:
   if output.exists():
     raise errors.UserError(f"{output} exists; remove it or name another file")
   start = time.monotonic()
-  text = _read(source)
   try:
-    rows = _take_apart(text, source)
-    with _Unfinished(output, _identity(values, text)) as unfinished:
+    found = list(jsonl.lines(source))
+    if not found:
+      raise errors.UserError(f"convert: {source} holds no rows")
+    rows = _take_apart(found, source)
+    with _Unfinished(output, _identity(values, found)) as unfinished:
       with sandbox_lib.Sandbox(
         tier=values.tier, min_tier=values.min_tier
       ) as sandbox:
@@ -111,19 +113,12 @@ def make_parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _read(path: pathlib.Path) -> str:
-  try:
-    text = path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise errors.UserError(f"convert: cannot read {path}: {e}") from e
-  if not text.strip():
-    raise errors.UserError(f"convert: {path} holds no rows")
-  return text
-
-
-def _identity(values: argparse.Namespace, text: str) -> dict[str, Any]:
+def _identity(
+  values: argparse.Namespace, found: list[tuple[int, bytes]]
+) -> dict[str, Any]:
   """What makes two commands give the same file."""
-  digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+  text = b"".join(b"%d %b" % line for line in found)
+  digest = hashlib.sha256(text).hexdigest()[:16]
   names = ("dataset", "style", "renderer", "tool_name")
   return {"format": _FORMAT, "input": digest} | {
     name: getattr(values, name) for name in names
@@ -154,17 +149,16 @@ class _Row:
   results: list[Any] = dataclasses.field(default_factory=list)  # futures
 
 
-def _take_apart(text: str, source: pathlib.Path) -> list[_Row]:
+def _take_apart(
+  found: list[tuple[int, bytes]], source: pathlib.Path
+) -> list[_Row]:
   """Checks every row before anything is run.
 
   Raises:
     ValueError: a line is no row of the data set; names line and field.
   """
   rows = []
-  # Not splitlines(): JSON may hold U+2028 and its like unescaped.
-  for number, line in enumerate(text.split("\n"), start=1):
-    if not line.strip():
-      continue
+  for number, line in found:
     where = f"{source} line {number}"
     question, answer = gsm8k_solutions.read_row(line, where)
     try:

@@ -1,6 +1,5 @@
 """Reads metrics.jsonl and draws the curves that a run is judged by."""
 
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from roc import errors, plots
+from roc import errors, jsonl, plots
 
 Row = dict[str, Any]
 
@@ -44,16 +43,13 @@ def read(path: pathlib.Path) -> list[Row]:
       f"no {path.name} under {path.parent}: is this the workdir of a run?"
       " Train first, or point --workdir at the directory that train was given"
     )
-  lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
   rows: dict[int, Row] = {}
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
+  for number, line in jsonl.lines(path):
     try:
-      row = json.loads(line)
+      row = jsonl.loads(line)
       step = int(row["step"])
     except (ValueError, KeyError, TypeError):
-      if number == len(lines):  # no newline after it: the run was killed
+      if not line.endswith(b"\n"):  # the run was killed
         continue
       raise errors.UserError(
         f"{path} line {number}: not a JSON object with a step; remove the line"

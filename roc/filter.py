@@ -27,6 +27,7 @@ from roc import (
   errors,
   filter_plot,
   filter_report,
+  jsonl,
   layout,
   plots,
 )
@@ -173,14 +174,12 @@ def _paths(names: Sequence[str]) -> list[pathlib.Path]:
   for name in names:
     path = pathlib.Path(name)
     if not path.is_dir():
-      paths.append(path)
+      paths += jsonl.find(path) or [path]
       continue
     if (path / "rollouts").is_dir():
       path /= "rollouts"
     # Nothing is filtered in an evaluation.
-    found = sorted(
-      p for p in path.glob("*.jsonl") if not traces.is_evaluation(p)
-    )
+    found = sorted(p for p in jsonl.inside(path) if not traces.is_evaluation(p))
     if not found:
       raise errors.UserError(
         f"filter: {path} holds no *.jsonl file; give a file, or a directory"
@@ -353,7 +352,7 @@ def _write_kept(
   at = 0  # rollouts lie in the order of their lines
   with _whole_file(path) as f:
     for file, source in enumerate(r.paths):
-      for number, line in groups_lib.lines(source):
+      for number, line in jsonl.lines(source):
         first = at
         while at < len(r) and (r.file[at], r.line[at]) == (file, number):
           at += 1

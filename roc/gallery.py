@@ -6,12 +6,11 @@ dropped. Traces are read leniently: a report is worth having of a run that is
 still writing.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from roc import curves, layout
+from roc import curves, jsonl, layout
 
 Trace = Mapping[str, Any]
 
@@ -94,12 +93,10 @@ def exhibits(folder: pathlib.Path) -> list[Exhibit]:
 def _groups(path: pathlib.Path) -> list[list[Trace]]:
   """Reads one step's traces by problem, passing over half-written lines."""
   groups: dict[Any, list[Trace]] = {}
-  # Not splitlines(): JSON may hold U+2028 and its like unescaped.
-  text = path.read_text(encoding="utf-8", errors="replace")
-  for line in text.split("\n"):
+  for _, line in jsonl.lines(path):
     try:
-      trace = json.loads(line)
-    except ValueError:
+      trace = jsonl.loads(line)
+    except jsonl.JsonlError:
       continue
     if isinstance(trace, dict):
       groups.setdefault(trace.get("place"), []).append(trace)

@@ -5,16 +5,13 @@ text of a line is dropped as soon as it is read.
 """
 
 import array
-import contextlib
 import dataclasses
-import gzip
 import pathlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from roc import errors
+from roc import errors, jsonl
 from roc import group_formats as formats
 
 MAX_GROUP = 4096  # ranks are counted by comparing all pairs
@@ -117,7 +114,7 @@ class _Reader:
   def read(self, file: int) -> None:
     path, parse = self.paths[file], None
     n_before = len(self.columns["group"])
-    for number, line in lines(path):
+    for number, line in jsonl.lines(path):
       try:
         row = formats.loads(line)
         parse = parse or formats.format_of(row)
@@ -193,22 +190,3 @@ def _check_ids(rollouts: Rollouts) -> None:
     f" {rollouts.groups[group[first]].name} is also {rollouts.place(before)};"
     " delete one of the two, and filter different runs one by one"
   )
-
-
-def lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
-  """Numbered lines of a plain or gzip file, blank ones left out.
-
-  Raises:
-    errors.UserError: it cannot be read, or is damaged.
-  """
-  try:
-    with contextlib.ExitStack() as stack:
-      f = stack.enter_context(path.open("rb"))
-      if f.peek(2)[:2] == b"\x1f\x8b":
-        f = stack.enter_context(gzip.GzipFile(fileobj=f))
-      for number, line in enumerate(f, 1):
-        if line.strip():
-          yield number, line
-  except (OSError, EOFError, zlib.error) as e:
-    reason = getattr(e, "strerror", None) or str(e)
-    raise errors.UserError(f"cannot read {path}: {reason}") from e

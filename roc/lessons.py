@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from roc import build, errors, layout, runlog, wiring
+from roc import build, errors, jsonl, layout, runlog, wiring
 from roc import config as config_lib
 from roc import progress as progress_lib
 from roc.host import conversations, corpus, pack
@@ -39,14 +39,14 @@ def paths(cfg: config_lib.Config) -> list[pathlib.Path]:
   """
   found = []
   for name in cfg.sft.data:
-    places = [pathlib.Path(name), _CHECKOUT / name]
-    files = [path for path in places if path.is_file()]
+    places = [jsonl.find(name), jsonl.find(_CHECKOUT / name)]
+    files = next((x for x in places if x and x[0].is_file()), [])
     if not files:
       raise errors.UserError(
         f"config.sft.data: {name} does not exist; give paths of JSONL files,"
         " from here or from the checkout"
       )
-    found.append(files[0])
+    found += files
   return found
 
 

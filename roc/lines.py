@@ -1,21 +1,12 @@
 """Input of the small commands: JSON objects, one a line, with their places."""
 
-import json
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
-from roc import errors
+from roc import errors, jsonl
 
 STDIN = "-"
-
-
-class Line(NamedTuple):
-  """An object and where it stands, such as `rows.jsonl line 3`."""
-
-  where: str
-  fields: dict[str, Any]
 
 
 def show(text: str) -> None:
@@ -47,7 +38,7 @@ def read_text(name: str) -> str:
     raise errors.UserError(f"{shown(name)} cannot be read: {reason}") from e
 
 
-def read_objects(name: str, example: str) -> Iterator[Line]:
+def read_objects(name: str, example: str) -> Iterator[jsonl.Object]:
   """The objects of an input; blank lines are skipped.
 
   Args:
@@ -59,18 +50,10 @@ def read_objects(name: str, example: str) -> Iterator[Line]:
       line.
   """
   is_empty = True
-  # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-  for number, line in enumerate(read_text(name).split("\n"), 1):
-    if not line.strip():
-      continue
+  found = jsonl.split(sys.stdin.buffer) if name == STDIN else jsonl.lines(name)
+  for number, line in found:
     is_empty = False
     where = f"{shown(name)} line {number}"
-    try:
-      fields = json.loads(line)
-    except (ValueError, RecursionError):
-      fields = None
-    if not isinstance(fields, dict):
-      raise errors.UserError(f"{where} must be an object such as {example}")
-    yield Line(where, fields)
+    yield jsonl.parse(line, where, f"such as {example}")
   if is_empty:
     raise errors.UserError(f"{shown(name)} holds no line such as {example}")

@@ -121,7 +121,7 @@ class Replay:
       try:
         with at.path.open("rb") as f:
           f.seek(at.offset)
-          line = f.read(at.size).decode()
+          line = f.read(at.size)
         e = episode_lib.Episode.from_json(line, str(at))
       except (OSError, ValueError) as error:
         raise errors.UserError(
@@ -172,7 +172,7 @@ class Replay:
 
   def _add(self, place: _Place, line: bytes) -> None:
     try:
-      e = episode_lib.Episode.from_json(line.decode(), str(place))
+      e = episode_lib.Episode.from_json(line, str(place))
     except ValueError as error:
       text = str(error).removeprefix(f"{place}: ")
       if place.offset == 0:

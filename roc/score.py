@@ -90,7 +90,8 @@ def _ids_of(fields: dict[str, Any], where: str) -> list[int]:
   is_list = isinstance(ids, list) and bool(ids)
   if not is_list or not all(type(i) is int for i in ids):
     raise errors.UserError(
-      f"{where} must be an object such as {_EXAMPLE}, with at least one id"
+      f"{where}: expected a JSON object such as {_EXAMPLE}, with at least one"
+      " id"
     )
   return ids
 

@@ -135,8 +135,8 @@ def test_render_for_people_and_with_another_template(run):
   ("text", "said"),
   [
     ("", "standard input holds no line such as"),
-    ("{", "standard input line 1 must be an object"),
-    ("\n[]", "line 2 must be an object"),
+    ("{", "standard input line 1: not JSON"),
+    ("\n[]", "line 2: expected a JSON object"),
     ("{}", "line 1: field 'messages' must be a list"),
     ('{"messages": []}', "line 1: field 'messages' is empty"),
     ('{"messages": ["a"]}', "'messages' must be a list of objects"),
@@ -158,7 +158,7 @@ def test_folders_that_cannot_render(refused, tmp_path):
   said = refused("render", "--model", tmp_path, text=row)
   assert "no chat template" in said
   said = refused("render", "--model", TINY, "--input", tmp_path / "x")
-  assert "x cannot be read: No such file" in said
+  assert "x: No such file" in said
   (tmp_path / "y").write_bytes(b"\xff")
   said = refused("render", "--model", TINY, "--input", tmp_path / "y")
   assert "it is not UTF-8" in said

@@ -318,7 +318,7 @@ GOOD = json.dumps(minimal("a", True))
   [
     ("", "a.jsonl holds no rollout"),
     ("\n \n", "a.jsonl holds no rollout"),
-    ("{", "line 1: not a line of JSON"),
+    ("{", "line 1: not JSON"),
     ("[1]", "line 1: no known format"),
     ('{"problem": 1}', "line 1: no known format"),
     (f"{GOOD}\nnull", "line 2: expected an object with 'correct'"),

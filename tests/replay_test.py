@@ -218,9 +218,9 @@ def test_rollouts_that_cannot_be_trained_on(tmp_path, changes, text):
   "line, text",
   [
     ('{"step": 3}', "line 2 is no rollout .field 'task_id' is missing.; mend"),
-    ('{"step":', "line 2 is no rollout .not a line of JSON"),
+    ('{"step":', "line 2 is no rollout .not JSON"),
     ("[]", "line 2 is no rollout .expected a JSON object"),
-    (b"\xff", "line 2 is no rollout .*decode"),
+    (b"\xff", "line 2 is no rollout .it is not UTF-8"),
   ],
 )
 def test_lines_that_are_no_rollouts(tmp_path, line, text):

@@ -66,12 +66,12 @@ def test_standard_input(monkeypatch, capsys):
   ("text", "sentence"),
   [
     ("", "holds no line such as"),
-    ('{"ids": [1]}\nx', "line 2 must be an object such as"),
-    ('{"ids": []}', "line 1 must be an object"),
-    ('{"ids": [1.5]}', "line 1 must be an object"),
-    ('{"ids": [true]}', "line 1 must be an object"),
-    ('{"tokens": [1]}', "line 1 must be an object"),
-    ("[1]", "line 1 must be an object"),
+    ('{"ids": [1]}\nx', "line 2: not JSON"),
+    ('{"ids": []}', "line 1: expected a JSON object such as"),
+    ('{"ids": [1.5]}', "line 1: expected a JSON object such as"),
+    ('{"ids": [true]}', "line 1: expected a JSON object such as"),
+    ('{"tokens": [1]}', "line 1: expected a JSON object such as"),
+    ("[1]", "line 1: expected a JSON object such as"),
     ('{"ids": [1, 96]}', "holds id 96, and the model's vocabulary has 96"),
     ('{"ids": [-1]}', "holds id -1"),
   ],
@@ -86,7 +86,7 @@ def test_bad_input(tmp_path, capsys, text, sentence):
   ("argv", "sentence"),
   [
     ([], "required: --model"),
-    (["--model=/nowhere", "--input=/nowhere"], "/nowhere cannot be read"),
+    (["--model=/nowhere", "--input=/nowhere"], "cannot read /nowhere"),
     (["--model=x", "--dtype=int8"], "invalid choice: 'int8'"),
   ],
 )

@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from roc import jsonl
 from roc.host import messages as messages_lib
 
 
@@ -24,7 +25,7 @@ class Conversation:
     tools: names of the tools that it is offered; None where it does not say.
     id: the row's own; else empty.
     where: file and line, for errors.
-    n_read: characters read so far, in all files together.
+    n_read: bytes read so far, in all files together.
   """
 
   messages: tuple[messages_lib.Message, ...]
@@ -44,35 +45,22 @@ def read(paths: Iterable[str | pathlib.Path]) -> Iterator[Conversation]:
   n_read = 0
   for path in paths:
     n_found = 0
-    try:
-      # Not text mode's own lines: JSON may hold U+2028 and its like unescaped.
-      with open(path, encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, start=1):
-          n_read += len(line)
-          if line.strip():
-            n_found += 1
-            found = parse(line, f"{path} line {number}")
-            yield dataclasses.replace(found, n_read=n_read)
-    except (OSError, UnicodeDecodeError) as error:
-      raise ValueError(f"cannot read conversations from {path}: {error}") from (
-        error
-      )
+    for number, line in jsonl.lines(path):
+      n_read += len(line)
+      n_found += 1
+      found = parse(line, f"{path} line {number}")
+      yield dataclasses.replace(found, n_read=n_read)
     if not n_found:
       raise ValueError(f"{path} holds no conversation")
 
 
-def parse(line: str, where: str = "conversation") -> Conversation:
+def parse(line: bytes | str, where: str = "conversation") -> Conversation:
   """Reads one line.
 
   Raises:
     ValueError: it is no conversation; the message names line and field.
   """
-  try:
-    row = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{where}: not a line of JSON: {error}") from error
-  if not isinstance(row, dict):
-    raise ValueError(f"{where}: expected a JSON object with messages")
+  row = jsonl.parse(line, where, "with messages").fields
   try:
     found = Conversation(
       messages=messages_lib.read(row.get("messages")),

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from roc import layout
+from roc import jsonl, layout
 from roc.host import calls, rewards, tools
 from roc.host import tokenizer as tokenizer_lib
 
@@ -301,7 +301,7 @@ class Episode:
     return json.dumps(row)
 
   @classmethod
-  def from_json(cls, line: str, where: str = "episode") -> "Episode":
+  def from_json(cls, line: bytes | str, where: str = "episode") -> "Episode":
     """Reads a line that `to_json` wrote.
 
     Args:
@@ -312,12 +312,7 @@ class Episode:
       ValueError: no JSON object, a missing or malformed field, or lists whose
         lengths differ.
     """
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise ValueError(f"{where}: not a line of JSON: {error}") from error
-    if not isinstance(row, dict):
-      raise ValueError(f"{where}: expected a JSON object")
+    row = jsonl.parse(line, where).fields
     values = {}
     for field in dataclasses.fields(cls):
       if field.name not in row:
@@ -344,14 +339,8 @@ def read_episodes(path: str | pathlib.Path) -> Iterator[Episode]:
     ValueError: the file cannot be read, or a line is no episode; the message
       names file, line and field.
   """
-  try:
-    text = pathlib.Path(path).read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise ValueError(f"cannot read episodes from {path}: {error}") from error
-  # Not splitlines(): JSON may hold U+2028 and its like unescaped.
-  for number, line in enumerate(text.split("\n"), start=1):
-    if line.strip():
-      yield Episode.from_json(line, where=f"{path} line {number}")
+  for number, line in jsonl.lines(path):
+    yield Episode.from_json(line, where=f"{path} line {number}")
 
 
 def _read_field(name: str, value: Any) -> Any:

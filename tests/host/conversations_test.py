@@ -26,7 +26,8 @@ def test_files_are_read_in_order_and_other_columns_ignored(tmp_path):
     *(f"{one} line 1", f"{one} line 3", f"{two} line 1")
   ]
   assert [c.messages[1].content for c in found] == ["42"] * 3
-  assert found[-1].n_read == sum(p.stat().st_size for p in (one, two))
+  n_bytes = sum(p.stat().st_size for p in (one, two))
+  assert found[-1].n_read == n_bytes - 1  # without the blank line
 
 
 def test_a_line_may_hold_what_splitlines_would_cut(tmp_path):
@@ -54,8 +55,8 @@ def test_tools_are_read_in_every_shape():
 @pytest.mark.parametrize(
   ("text", "sentence"),
   [
-    ("{", "not a line of JSON"),
-    ("[" * 100_000, "not a line of JSON"),
+    ("{", "not JSON"),
+    ("[" * 100_000, "not JSON"),
     ("[]", "expected a JSON object with messages"),
     ("{}", "field 'messages' must be a list of messages, not missing"),
     (line(messages=MESSAGES[:1]), r"field 'messages\[0\].role' is user, and"),
@@ -76,8 +77,11 @@ def test_files_that_cannot_be_read(tmp_path):
   (tmp_path / "bytes").write_bytes(b"\xff\xfe\n")
   with pytest.raises(ValueError, match="empty holds no conversation"):
     list(conversations.read([tmp_path / "empty"]))
-  for name in ("bytes", "missing"):
-    with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+  for name, said in (
+    ("bytes", "bytes line 1: it is not UTF-8"),
+    ("missing", "cannot read .*missing"),
+  ):
+    with pytest.raises(ValueError, match=said):
       list(conversations.read([tmp_path / name]))
   with pytest.raises(ValueError, match="cannot read .*missing"):
     conversations.digest([tmp_path / "missing"])

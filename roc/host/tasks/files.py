@@ -8,6 +8,7 @@ from typing import Any
 from roc.host import rewards
 from roc.host.tasks import (
   formats,
+  instructions,
   order,
   overlap,
   pass_rates,
@@ -30,7 +31,7 @@ class FileTask:
 
   Args:
     path: a file or several: JSONL, a JSON array, parquet, or
-      `hf://datasets/ORG/NAME/FILE`.
+      `hf://datasets/ORG/NAME/FILE`; also patterns (`train-*.jsonl.gz`).
     seed: shuffles each epoch; None keeps the order of the rows.
     format: name in `formats.FORMATS`; by default found out from the first row
       of each file.
@@ -119,6 +120,7 @@ class FileTask:
         is_between,
       )
     self._set(kept)
+    self.notes += instructions.notes(self.name, self._problems)
 
   def __len__(self) -> int:
     return len(self._problems)

@@ -1,8 +1,8 @@
 """What the columns of a row mean, by the names that data sets use.
 
-`plain` is the project's own and that of verifiers and prime-rl: `prompt`,
-`answer`, and if wanted `id`, `kind`, `info`. The others are read as published;
-what they say beyond question and answer goes into `info`.
+`plain` is the project's own: `prompt`, `answer`, and if wanted `id`, `kind`,
+`info`. The others are read as published; what they say beyond question and
+answer goes into `info`.
 """
 
 import dataclasses
@@ -17,8 +17,14 @@ from roc.host import rewards
 from roc.host.tasks import rows as rows_lib
 
 _PLAIN_FIELDS = ("id", "prompt", "answer", "kind", "info")
-_ID_FIELDS = ("id", "ID", "unique_id", "uuid", "qid")
-_KIND_FIELDS = ("subject", "type", "Type", "data_source", "source")
+_ID_FIELDS = ("id", "ID", "unique_id", "uuid", "qid", "example_id")
+_KIND_FIELDS = (
+  *("subject", "type", "Type", "data_source", "source"),
+  *("topic", "dataset", "task"),
+)
+_ASKED = ("problem", "question", "Problem", "Question")
+_ANSWERS = ("answer", "final_answer", "expected_answer", "Answer")
+_SOLUTIONS = ("solution", "Solution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,9 @@ def read(row: rows_lib.Row, name: str) -> Draft:
   else:
     kind = next((fields[k] for k in _KIND_FIELDS if _is_text(fields, k)), "")
     info = {k: v for k, v in fields.items() if k not in taken}
+    if name == "verifiers":
+      info = {k: v for k, v in info.items() if k != "info"}
+      info |= _info(fields, where)
     given = next(
       (fields[k] for k in _ID_FIELDS if fields.get(k) is not None), ""
     )
@@ -183,6 +192,42 @@ def _trl(fields, where):
   return question, answer, ("prompt", name, "messages")
 
 
+def _rlvr(fields, where):
+  question = _question(fields, "messages", where)
+  if fields.get("constraint"):
+    raise ValueError(
+      f"{where}: field 'constraint' asks for a form of the text, and there is"
+      " no answer to be checked"
+    )
+  found = fields.get("ground_truth")
+  if isinstance(found, list) and len(found) == 1:
+    fields = fields | {"ground_truth": found[0]}
+  answer = _answer(fields, "ground_truth", where)
+  return question, answer, ("messages", "ground_truth")
+
+
+def _verifiers(fields, where):
+  asked = _first(fields, "prompt", "question")
+  question = _question(fields, asked, where)
+  return question, _answer(fields, "answer", where), (asked, "answer")
+
+
+def _info(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """`info` of verifiers: an object, or text that holds one."""
+  found = fields.get("info")
+  if isinstance(found, str):
+    try:
+      found = json.loads(found or "{}")
+    except (ValueError, RecursionError):
+      found = 0
+  if found is not None and not isinstance(found, dict):
+    raise ValueError(
+      f"{where}: field 'info' must be an object, or text that holds one, not"
+      f" {_shown(fields, 'info')}"
+    )
+  return found or {}
+
+
 def _gsm8k(fields, where):
   _, mark, answer = _answer(fields, "answer", where).rpartition("####")
   if not mark or not answer.strip():
@@ -194,15 +239,15 @@ def _gsm8k(fields, where):
 
 
 def _math(fields, where):
-  asked = _first(fields, "problem", "question")
+  asked = _first(fields, *_ASKED)
   question = _question(fields, asked, where)
-  name = _first(fields, "answer", "expected_answer", "solution")
+  name = _first(fields, *_ANSWERS, *_SOLUTIONS)
   answer = _answer(fields, name, where)
-  if name == "solution":
+  if name in _SOLUTIONS:
     boxed = rewards.extract_boxed(answer)
     if boxed is None:
       raise ValueError(
-        f"{where}: field 'solution' holds no \\boxed answer, and there is no"
+        f"{where}: field {name!r} holds no \\boxed answer, and there is no"
         " field 'answer'"
       )
     return question, boxed, (asked,)
@@ -233,7 +278,16 @@ FORMATS: dict[str, Format] = {
     lambda fields: "prompt" in fields and set(fields) <= set(_PLAIN_FIELDS),
     _plain,
   ),
+  "verifiers": Format(
+    lambda fields: (
+      "answer" in fields
+      and bool({"prompt", "question"} & set(fields))
+      and bool({"task", "example_id"} & set(fields))
+    ),
+    _verifiers,
+  ),
   "trl": Format(_has("prompt"), _trl),
+  "rlvr": Format(_has("messages", "ground_truth"), _rlvr),
   "svamp": Format(_has("Body", "Question", "Answer"), _svamp),
   "gsm_hard": Format(_has("input", "target"), _gsm_hard),
   "gsm8k": Format(
@@ -244,7 +298,5 @@ FORMATS: dict[str, Format] = {
     ),
     _gsm8k,
   ),
-  "math": Format(
-    lambda fields: "problem" in fields or "question" in fields, _math
-  ),
+  "math": Format(lambda fields: any(name in fields for name in _ASKED), _math),
 }

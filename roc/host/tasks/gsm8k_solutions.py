@@ -7,10 +7,9 @@ says what was computed and what came out, and its last line is `#### 72`
 
 import dataclasses
 import fractions
-import json
 import re
-from typing import Any
 
+from roc import jsonl
 from roc.host import rewards
 
 _SUM = re.compile(r"<<([^<>]*)>>")
@@ -65,18 +64,13 @@ class Solution:
   answer: str
 
 
-def read_row(line: str, where: str) -> tuple[str, str]:
+def read_row(line: bytes | str, where: str) -> tuple[str, str]:
   """Question and answer of one line of the data set.
 
   Raises:
     ValueError: it is no such line; names line and field.
   """
-  try:
-    row: Any = json.loads(line)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"{where}: not a line of JSON: {error}") from error
-  if not isinstance(row, dict):
-    raise ValueError(f"{where}: expected an object with question and answer")
+  row = jsonl.parse(line, where, "with question and answer").fields
   for name in ("question", "answer"):
     if not isinstance(row.get(name), str) or not row[name].strip():
       shown = repr(row[name])[:80] if name in row else "missing"

@@ -8,6 +8,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from roc import jsonl
 from roc.host.tasks import problem as problem_lib
 from roc.host.tasks import rows as rows_lib
 
@@ -82,8 +83,8 @@ class PassRates:
 def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
   found = pathlib.Path(path)
   if found.is_dir():
-    files = sorted(found.glob("*.jsonl"))
+    files = jsonl.inside(found)
     if not files:
       raise ValueError(f"{path} holds no *.jsonl of rollouts")
     return files
-  return [found]
+  return jsonl.find(found) or [found]

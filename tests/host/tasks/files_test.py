@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import pathlib
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from roc.host.tasks import files, formats, mixture, order, overlap, rows
+from roc.host.tasks import files, formats, instructions, mixture, order, overlap
+from roc.host.tasks import rows as rows_lib
 
 ROW = {"prompt": "What is 2+2?", "answer": "4"}
 
@@ -56,7 +58,7 @@ def test_a_missing_id_comes_from_the_content(tmp_path):
   ("lines", "message"),
   [
     (["{"], "line 1: not JSON"),
-    ([ROW, "[1]"], "line 2: a row must be a JSON object"),
+    ([ROW, "[1]"], "line 2: expected a JSON object"),
     (["{}"], "line 1: its fields .none. are those of no known format"),
     ([ROW, {"answer": "4"}], "line 2: field 'prompt' .* not missing"),
     ([ROW, {"prompt": "Q"}], "line 2: field 'answer' .* not missing"),
@@ -151,7 +153,7 @@ def test_files_that_cannot_be_read(tmp_path):
   ],
 )
 def test_rows_of_other_projects(row, name, want):
-  row = rows.Row("f line 1", row)
+  row = rows_lib.Row("f line 1", row)
   assert formats.detect(row) == name
   draft = formats.read(row, name)
   assert (draft.question, draft.answer, draft.kind) == want
@@ -411,3 +413,171 @@ def test_a_file_of_the_hub_is_downloaded_once(tmp_path, monkeypatch):
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
   with pytest.raises(ValueError, match=r"downloaded \(no route to host\);"):
     files.FileTask("hf://datasets/org/name/train.jsonl")
+
+
+LAST = (
+  "Solve the following math problem step by step. The last line of your"
+  " response should be of the form Answer: $Answer (without quotes) where"
+  " $Answer is the answer to the problem.\n\nWhat is 6 * 7?\n\nRemember to put"
+  ' your answer on its own line after "Answer:".'
+)
+
+
+@pytest.mark.parametrize(
+  ("row", "name", "want"),
+  [
+    (  # DeepMath-103K
+      {"question": "q?", "final_answer": "7", "difficulty": 5.0}
+      | {"topic": "Algebra", "r1_solution_1": "so \\boxed{8}"},
+      "math",
+      ("q?", "7", "Algebra"),
+    ),
+    (  # AIME as several publish it
+      {"ID": "2024-I-1", "Problem": "q?", "Solution": "s", "Answer": 7},
+      "math",
+      ("q?", "7", ""),
+    ),
+    (
+      {"ID": "1983-1", "Year": 1983, "Question": "q?", "Answer": "007"},
+      "math",
+      ("q?", "007", ""),
+    ),
+    (
+      {"id": 60, "problem": "q?", "solution": "so \\boxed{8}"}
+      | {"answer": "7", "url": "u", "year": "2024"},
+      "math",
+      ("q?", "7", ""),
+    ),
+    (  # RLVR-MATH, RLVR-GSM
+      {"messages": [{"role": "user", "content": "q?"}]}
+      | {"ground_truth": "7", "dataset": "MATH"},
+      "rlvr",
+      ("q?", "7", "MATH"),
+    ),
+    (
+      {"messages": [{"role": "user", "content": "q?"}]}
+      | {"ground_truth": ["7"], "dataset": ["math"], "constraint": ""},
+      "rlvr",
+      ("q?", "7", ""),
+    ),
+    (  # NuminaMath-1.5, NuminaMath-CoT
+      {"problem": "q?", "solution": "so \\boxed{8}", "answer": "7"}
+      | {"problem_type": "Algebra", "source": "amc_aime", "synthetic": False},
+      "math",
+      ("q?", "7", "amc_aime"),
+    ),
+    (
+      {"problem": "q?", "solution": "so \\boxed{7}", "answer": None}
+      | {"source": "olympiads", "messages": []},
+      "math",
+      ("q?", "7", "olympiads"),
+    ),
+    (  # verifiers
+      {"question": "q?", "answer": "7", "task": "math", "info": '{"a": 1}'},
+      "verifiers",
+      ("q?", "7", "math"),
+    ),
+    (
+      {"prompt": [{"role": "user", "content": "q?"}], "answer": "7"}
+      | {"example_id": 3, "info": {"a": 1}},
+      "verifiers",
+      ("q?", "7", ""),
+    ),
+    (  # Big-Math, and its processed form
+      {"problem": "q?", "answer": "7", "source": "orca_math"}
+      | {"domain": ["Algebra"], "llama8b_solve_rate": 0.5},
+      "math",
+      ("q?", "7", "orca_math"),
+    ),
+    (
+      {"prompt": "q?", "solution": "7", "source": "orca_math"}
+      | {"domain": ["Algebra"], "llama8b_solve_rate": 0.5},
+      "trl",
+      ("q?", "7", "orca_math"),
+    ),
+  ],
+)
+def test_sets_by_the_names_of_their_fields(row, name, want):
+  found = rows_lib.Row("x.jsonl line 1", row)
+  assert formats.detect(found) == name
+  draft = formats.read(found, name)
+  assert (draft.question, draft.answer, draft.kind) == want
+  if name == "verifiers":
+    assert draft.info["a"] == 1 and "info" not in draft.info
+
+
+@pytest.mark.parametrize(
+  ("row", "said"),
+  [
+    (
+      {"messages": [{"role": "user", "content": "q?"}], "ground_truth": "{}"}
+      | {"constraint": "no commas"},
+      "'constraint' asks for a form",
+    ),
+    (
+      {"messages": [{"role": "user", "content": "q?"}], "ground_truth": None},
+      "'ground_truth' must be the answer",
+    ),
+    (
+      {"question": "q?", "answer": "7", "task": "t", "info": "[1]"},
+      "'info' must be an object",
+    ),
+    ({"Problem": "q?", "Solution": "none"}, "'Solution' holds no"),
+  ],
+)
+def test_rows_of_sets_that_cannot_be_used(row, said):
+  found = rows_lib.Row("x.jsonl line 1", row)
+  with pytest.raises(ValueError, match=f"x.jsonl line 1: field {said}"):
+    formats.read(found, formats.detect(found))
+
+
+def test_shards_are_one_set(tmp_path, monkeypatch):
+  for i in range(3):
+    name = f"train-{i}.jsonl"
+    path = _sums(tmp_path, 2, name=name, first=2 * i)
+    if i == 1:
+      data = pathlib.Path(path).read_bytes()
+      (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+      pathlib.Path(path).unlink()
+  task = files.FileTask(str(tmp_path / "train-*.jsonl*"))
+  alone = files.FileTask(str(tmp_path / "train-1.jsonl.gz"))
+  assert len(task) == 6 and len(alone) == 2
+  assert [p.question for p in task.all_problems[2:4]] == [
+    p.question for p in alone.all_problems
+  ]
+  with pytest.raises(ValueError, match=r"none-\*.jsonl does not exist"):
+    files.FileTask(str(tmp_path / "none-*.jsonl"))
+
+
+@pytest.mark.parametrize(
+  ("question", "form"),
+  [
+    (LAST, "a line `Answer: X`"),
+    ("What is 1 + 1? End with `Answer: <number>`.", "a line `Answer: X`"),
+    ('Output the final answer after "####".', "`#### X`"),
+    ("6 * 7? Put your final answer within \\boxed{}.", r"a \boxed{X} alone"),
+    ("Give it inside a \\\\boxed{} please.", r"a \boxed{X} alone"),
+    ("(A) 1 (B) 2. Answer with the letter only.", "a letter alone"),
+    # What is no such instruction.
+    ("What is 6 * 7?", ""),
+    ("Find the answer: is 91 prime?", ""),
+    ("Which letter comes next with probability 1/2?", ""),
+    ("Give <answer>\\boxed{X}</answer> within the \\boxed{}.", ""),
+    ("in the box " * 20_000, ""),
+    ("within " * 20_000, ""),
+  ],
+)
+def test_what_a_prompt_asks_for(question, form):
+  assert instructions.form_of(question) == form
+
+
+def test_prompts_that_ask_for_another_form_are_noted(tmp_path):
+  rows = [{"id": str(i), "prompt": f"{i}?", "answer": "1"} for i in range(3)]
+  rows[1]["prompt"] = LAST
+  path = tmp_path / "dapo.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (note,) = files.FileTask(str(path)).notes
+  assert "1 of 3 prompts ask for a line `Answer: X`" in note and "'1'" in note
+  rows[1]["prompt"] = "1?"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert files.FileTask(str(path)).notes == []

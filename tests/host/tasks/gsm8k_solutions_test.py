@@ -55,8 +55,8 @@ def test_equal_numbers_may_be_written_differently():
 @pytest.mark.parametrize(
   ("line", "sentence"),
   [
-    ("{", "x line 3: not a line of JSON"),
-    ("3", "x line 3: expected an object with question and answer"),
+    ("{", "x line 3: not JSON"),
+    ("3", "x line 3: expected a JSON object with question and answer"),
     ('{"question": "Q"}', "line 3: field 'answer' must be text, not missing"),
     ('{"question": 3, "answer": "#### 3"}', "'question' must be text, not 3"),
     ('{"question": "Q", "answer": "3"}', "'answer' has no line '#### ANSWER'"),
