@@ -14,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from roc.host.sandbox import linux
 
 _LOOK_S = 0.002  # of CPU that a look at memory or disk may take
+_DEEPEST = 64  # directories below a call's own
+_LONGEST = 3500  # of a path; the kernel takes 4,096 bytes, the name included
+_MOST_MAPPINGS = 10_000  # of a process whose memory is to be counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +32,6 @@ class Survey:
   pids: list[int]
   n_threads: int
   n_zombies: int
-
-
-_DEEPEST = 64  # directories below a call's own
-_LONGEST = 3500  # of a path; the kernel takes 4,096 bytes, the name included
 
 
 def survey(tops: Iterable[int], at_most: int) -> Survey:
@@ -57,7 +56,7 @@ class Memory:
   """The memory of one call's processes beyond what they were forked with."""
 
   def __init__(self):
-    self._exact: dict[int, tuple[int, dict[bytes, int]]] = {}
+    self._exact: dict[int, tuple[int, dict[bytes, float]]] = {}
 
   def is_over(
     self, pids: list[int], space_kb: int, base_kb: int, limit_kb: int
@@ -96,7 +95,7 @@ class Memory:
     except PermissionError:
       rough = (max(0, size - base_kb) for _, size in sizes.values())
       return sum(rough) > limit_kb
-    shared: dict[bytes, int] = {}
+    shared: dict[bytes, float] = {}
     total = 0
     for pid, (private_kb, mapped) in self._exact.items():
       total += min(private_kb, sizes[pid][1])
@@ -112,10 +111,19 @@ def _private_kb(pid: int) -> int:
   return 0
 
 
-def _shared_kb(pid: int) -> dict[bytes, int]:
-  """Sizes of the shared memory without a file's name, by its inode."""
-  found: dict[bytes, int] = {}
-  for line in linux.read_memory_file(pid, "maps").splitlines():
+def _shared_kb(pid: int) -> dict[bytes, float]:
+  """Sizes of the shared memory without a file's name, by its inode.
+
+  Memory in tens of thousands of pieces takes long to count, time that the
+  neighbours wait: it is taken for too much.
+  """
+  found: dict[bytes, float] = {}
+  data = linux.read_memory_file(pid, "maps")
+  if data.count(b"\n") > _MOST_MAPPINGS:
+    return {b"": math.inf}
+  if b"/dev/zero" not in data and b"/memfd:" not in data:
+    return found
+  for line in data.splitlines():
     words = line.split(None, 5)
     if len(words) > 5 and words[5].startswith((b"/dev/zero", b"/memfd:")):
       start, _, end = words[0].partition(b"-")

@@ -88,6 +88,11 @@ ATTACKS = {
   "ctypes.c_void_p(id(ctypes) & ~0xfff), ctypes.c_size_t(1 << 24))",
   "stack overflow in C": _CTYPES + "libc.alloca(1 << 30) if hasattr(libc,"
   " 'alloca') else ctypes.string_at(1)",
+  "memory in many pieces": "import mmap, os, time\n"
+  "kept = [bytearray(b'x') * (40 << 20)]\nmine = mmap.MAP_PRIVATE | 32\n"
+  "for i in range(20000):\n"
+  "  kept.append(mmap.mmap(-1, 4096, mine, 1 + i % 2 * 2))\n"
+  "for i in range(13):\n  if os.fork() == 0: break\ntime.sleep(60)",
   "exit from a thread": "import os, threading, time\n"
   "threading.Thread(target=os._exit, args=(8,)).start()\ntime.sleep(0.5)",
   "the main thread ends": _CTYPES + "import threading, time\n"
