@@ -18,13 +18,26 @@ from roc.device import checkpoint, lora, manifest, model, sharding
 from roc.device import learner as learner_lib
 from roc.device import step as step_lib
 
+_BEGAN_FROM = "began_from"  # in what a checkpoint says besides its arrays
+_REFERENCE = "reference"  # beside the checkpoints
 
-def first_state(
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+  """What a run begins with."""
+
+  state: step_lib.TrainState
+  # JSON-able and for its checkpoints: `init_from` or `pretrained`, and of a run
+  # the step and checksum of the checkpoint.
+  origin: dict[str, Any]
+
+
+def begin(
   cfg: config_lib.Config,
   learner: learner_lib.Learner,
   *,
   keep_optimizer: bool = False,
-) -> step_lib.TrainState:
+) -> Beginning:
   """Parameters of `init_from` or `pretrained`, or fresh ones; fresh optimizer.
 
   Args:
@@ -38,9 +51,68 @@ def first_state(
   key = jax.random.key(cfg.seed)
   opt_state = _optimizer_of(cfg.init_from, learner) if keep_optimizer else None
   if _is_fresh(cfg):
-    return learner.init(key)
-  params = first_params(cfg, learner.policy, learner.mesh)
-  return learner.start_from(params, key, opt_state)
+    return Beginning(learner.init(key), {_BEGAN_FROM: {}})
+  loaded = _load_first(cfg, learner.policy, learner.mesh)
+  origin = {"source": cfg.init_from or cfg.pretrained}
+  if loaded.name:
+    origin |= {"step": loaded.step, "checkpoint": loaded.name}
+  state = learner.start_from(loaded.params, key, opt_state)
+  return Beginning(state, {_BEGAN_FROM: origin})
+
+
+def first_state(
+  cfg: config_lib.Config,
+  learner: learner_lib.Learner,
+  *,
+  keep_optimizer: bool = False,
+) -> step_lib.TrainState:
+  """The state of `begin`."""
+  return begin(cfg, learner, keep_optimizer=keep_optimizer).state
+
+
+def origin_of(restored: checkpoint.Restored) -> dict[str, Any]:
+  """`Beginning.origin` of the run that left a checkpoint."""
+  return {_BEGAN_FROM: restored.extra.get(_BEGAN_FROM, {})}
+
+
+def keep_reference(
+  checkpoints: checkpoint.Checkpoints, begun: Beginning
+) -> Any:
+  """Stores what a run trains as it is before the first step, for a KL term.
+
+  The run's own copy, since `init_from` may be trained on or go away.
+
+  Returns:
+    A copy that no update donates.
+  """
+  trained = jax.tree.map(jnp.copy, begun.state.params)
+  _references(checkpoints).save(0, {"params": trained}, begun.origin)
+  return trained
+
+
+def load_reference(
+  checkpoints: checkpoint.Checkpoints, learner: learner_lib.Learner
+) -> Any:
+  """What `keep_reference` stored.
+
+  Raises:
+    errors.UserError: the run did not, or it is damaged.
+  """
+  kept = _references(checkpoints)
+  restored = kept.restore({"params": learner.abstract_state.params})
+  if restored is None:
+    raise errors.UserError(
+      f"config.loss.kl_coef compares with the policy that the run began from,"
+      f" and {kept.directory} has none: the run was begun without a KL term, or"
+      " the directory is gone; restore it, or start in another workdir"
+    )
+  return restored.state["params"]
+
+
+def _references(
+  checkpoints: checkpoint.Checkpoints,
+) -> checkpoint.Checkpoints:
+  return checkpoint.Checkpoints(checkpoints.directory / _REFERENCE, keep=1)
 
 
 def go_on(
@@ -50,28 +122,24 @@ def go_on(
 ) -> step_lib.TrainState:
   """The state of a run's checkpoint; no other one is built beside it.
 
-  A run of adapters gets its base, which no checkpoint has.
+  Nothing of `init_from` is needed, but where adapters are trained: then their
+  base, which no checkpoint has, is read where the run had it.
 
   Raises:
-    errors.UserError: the checkpoint has adapters for another base.
+    errors.UserError: the base cannot be had, or is another one by now.
   """
   if learner.policy.lora.rank:
-    _, seal_2 = first_trained(cfg, learner)
+    step = _first_step(restored.extra)
+    loaded = _load_first(cfg, learner.policy, learner.mesh, step)
+    _, seal_2 = learner.take(loaded.params, jax.random.key(cfg.seed))
     saved_2 = restored.state.base
     _check_base(cfg, f"step {restored.step}", seal_2, saved_2)
   return restored.state
 
 
-def first_trained(
-  cfg: config_lib.Config, learner: learner_lib.Learner
-) -> tuple[Any, jax.Array | None]:
-  """What a run trains, as it was before its first step; see `Learner.take`.
-
-  Raises:
-    errors.UserError: it cannot be had, or is another model's.
-  """
-  params = first_params(cfg, learner.policy, learner.mesh)
-  return learner.take(params, jax.random.key(cfg.seed))
+def _first_step(extra: dict[str, Any]) -> int | None:
+  """Of the checkpoint that a run began from, if it was one."""
+  return extra.get(_BEGAN_FROM, {}).get("step")
 
 
 def _optimizer_of(source: str, learner: learner_lib.Learner) -> Any:
@@ -99,7 +167,7 @@ def _optimizer_of(source: str, learner: learner_lib.Learner) -> Any:
   abstract = {"opt_state": learner.abstract_state.opt_state}
   found, *_ = _restore(source, abstract, None)
   build.say(f"optimizer of {source}")
-  return found["opt_state"]
+  return found.state["opt_state"]
 
 
 def first_params(
@@ -113,17 +181,28 @@ def first_params(
   Raises:
     errors.UserError: they cannot be had, or are another model's.
   """
+  return _load_first(cfg, policy, mesh).params
+
+
+def _load_first(
+  cfg: config_lib.Config,
+  policy: model.Policy,
+  mesh: jax.sharding.Mesh,
+  step: int | None = None,
+) -> "Loaded":
+  """`first_params`, of one step where they are a run's; says where from."""
   if _is_fresh(cfg):
     where = sharding.param_shardings(mesh, policy.abstract_params)
     fresh = jax.jit(policy.init, out_shardings=where)
-    return fresh(jax.random.key(cfg.seed))
+    return Loaded(fresh(jax.random.key(cfg.seed)), 0, "", "")
   source = cfg.init_from or pretrained.weights_folder(cfg)
   if cfg.init_from and not pretrained.is_model(source):
-    loaded = _load_run(source, policy, mesh)
-    build.say(loaded.where)
-    return loaded.params
-  build.say(f"parameters from {source}")
-  return pretrained.load(source, policy, mesh)
+    loaded = _load_run(source, policy, mesh, step)
+  else:
+    params = pretrained.load(source, policy, mesh)
+    loaded = Loaded(params, 0, "", f"parameters from {source}")
+  build.say(loaded.where)
+  return loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +211,7 @@ class Loaded:
 
   params: Any
   step: int
-  name: str  # its step and checksum, as a record keeps them
+  name: str  # its step and checksum, as a record keeps them; "" if it is none
   where: str  # a line for people
 
 
@@ -158,30 +237,35 @@ def load_policy(
   """
   abstract = {"params": _abstract(policy.abstract_params, mesh)}
   if not policy.lora.rank:
-    found, step, name, where = _restore(source, abstract, step)
-    return Loaded(found["params"], step, name, where)
+    found, name, where = _restore(source, abstract, step)
+    return Loaded(found.state["params"], found.step, name, where)
   adapters = jax.eval_shape(policy.init_adapters, jax.random.key(0))
   abstract = {
     "params": _abstract(adapters, mesh),
     "base": jax.ShapeDtypeStruct((2,), jnp.uint32),
   }
-  found, step, name, where = _restore(source, abstract, step)
-  params, _ = lora.split(first_params(cfg, policy, mesh))
+  found, name, where = _restore(source, abstract, step)
+  first = _load_first(cfg, policy, mesh, _first_step(found.extra))
+  params, _ = lora.split(first.params)
   base, seal_2 = jax.jit(lambda x: lora.sealed(x, policy.lora))(params)
-  _check_base(cfg, name, seal_2, found["base"])
-  return Loaded(lora.join(base, found["params"]), step, name, where)
+  _check_base(cfg, name, seal_2, found.state["base"])
+  params = lora.join(base, found.state["params"])
+  return Loaded(params, found.step, name, where)
 
 
 def _load_run(
-  source: str | places.Path, policy: model.Policy, mesh: jax.sharding.Mesh
+  source: str | places.Path,
+  policy: model.Policy,
+  mesh: jax.sharding.Mesh,
+  step: int | None = None,
 ) -> Loaded:
   """Parameters of another run, whatever it trained."""
   theirs = _config_of(source)
   if theirs is None or not theirs.lora.rank:
     plain = model.Policy(policy.config, mesh, policy.n_ids)
-    return load_policy(theirs or config_lib.Config(), source, plain, mesh)
+    return load_policy(theirs or config_lib.Config(), source, plain, mesh, step)
   adapted = model.Policy(policy.config, mesh, policy.n_ids, theirs.lora)
-  loaded = load_policy(theirs, source, adapted, mesh)
+  loaded = load_policy(theirs, source, adapted, mesh, step)
   if theirs.lora == policy.lora:
     return loaded
   return dataclasses.replace(loaded, params=adapted.merged(loaded.params))
@@ -200,8 +284,8 @@ def _config_of(source: str | places.Path) -> config_lib.Config | None:
 
 def _restore(
   source: str | places.Path, abstract: dict[str, Any], step: int | None
-) -> tuple[dict[str, Any], int, str, str]:
-  """The parts of a state that were asked for; `Loaded.step` and so on."""
+) -> tuple[checkpoint.Restored, str, str]:
+  """The parts of a state that were asked for; `Loaded.name` and `where`."""
   checkpoints = checkpoint.Checkpoints(_directory(source))
   restored = checkpoints.restore(abstract, step, is_partial=True)
   if restored is None:
@@ -213,8 +297,7 @@ def _restore(
   notes = "; ".join(restored.notes)
   found = checkpoints.path(restored.step)
   return (
-    restored.state,
-    restored.step,
+    restored,
     f"step {restored.step}, {manifest.fingerprint(found)}",
     f"parameters from {found}" + (f" ({notes})" if notes else ""),
   )

@@ -55,11 +55,13 @@ def run(
       return
     found = lessons.read(cfg, host, workdir, claim)
     rows = pack.pack_sft(found.learnt, cfg.sft.length)
-    state = (
-      parameters.go_on(cfg, learner, restored)
-      if restored
-      else parameters.first_state(cfg, learner)
-    )
+    if restored:
+      state = parameters.go_on(cfg, learner, restored)
+      origin = parameters.origin_of(restored)
+    else:
+      begun = parameters.begin(cfg, learner)
+      state, origin = begun.state, begun.origin
+      claim.note(**origin)
 
     apart = None
     if found.heldout:
@@ -98,7 +100,7 @@ def run(
         log.write(step, row)
         bar.update(step, row)
         if step % (cfg.checkpoint.every * 20) == 0 or step == cfg.sft.steps:
-          checkpoints.save(step, state, {"tokens": n_tokens})
+          checkpoints.save(step, state, {"tokens": n_tokens} | origin)
 
 
 def _make_learner(

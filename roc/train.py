@@ -15,7 +15,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -80,6 +79,7 @@ class Trainer:
     self.cfg = cfg
     self._saved = saved
     self.cursor = Cursor()
+    self.origin: dict[str, Any] = {}  # see `parameters.Beginning`
     self._host = host
     self._toolbox = toolbox
     self._policy = policy
@@ -277,20 +277,23 @@ def run(
       build.say(f"{workdir}: all {start} steps are done")
       return
     if restored:
+      if cfg.loss.kl_coef:
+        reference = parameters.load_reference(checkpoints, learner)
+        trainer.updates.set_reference(reference)
       state = parameters.go_on(cfg, learner, restored)
+      trainer.origin = parameters.origin_of(restored)
       trainer.cursor = Cursor(**restored.extra["cursor"])
       build.say(f"going on after step {start}")
     else:
-      state = parameters.first_state(
+      begun = parameters.begin(
         cfg, learner, keep_optimizer=cfg.train.keep_optimizer
       )
-    if cfg.loss.kl_coef:
-      first = (
-        parameters.first_trained(cfg, learner)[0]
-        if restored
-        else jax.tree.map(jnp.copy, state.params)
-      )
-      trainer.updates.set_reference(first)
+      state, trainer.origin = begun.state, begun.origin
+      claim.note(**begun.origin)
+      if cfg.loss.kl_coef:
+        reference = parameters.keep_reference(checkpoints, begun)
+        trainer.updates.set_reference(reference)
+      del begun  # the first update donates its state
 
     if restore_step is not None:
       build.go_back(checkpoints, workdir, restore_step)
@@ -341,7 +344,7 @@ def _loop(
       if is_last or _is_due(step, cfg.checkpoint.every):
         bar.phase("checkpoint")
         cursor = dataclasses.asdict(trainer.cursor)
-        checkpoints.save(step, state, {"cursor": cursor})
+        checkpoints.save(step, state, {"cursor": cursor} | trainer.origin)
 
 
 def _is_due(step: int, every: int, first: int | None = None) -> bool:
