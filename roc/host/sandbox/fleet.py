@@ -104,6 +104,9 @@ class Fleet:
     self._turn = 0
     # Reaped while a template's answer was due, which may name them yet.
     self._gone: set[int] = set()
+    # Nobody writes into it. Only the supervisor holds the writing end, so that
+    # the reading end tells when it is dead.
+    self._lifeline = (-1, -1)
 
   # -------------------------------------------------------------- templates
 
@@ -130,6 +133,7 @@ class Fleet:
       theirs.close()
       ours.setblocking(False)
       self.images[name] = Image(name, ours, pid)
+    self._lifeline = os.pipe()
     return None
 
   def load(self, name: str) -> None:
@@ -186,9 +190,8 @@ class Fleet:
     ours.setblocking(False)
     made = Zygote(image.name, ours)
     with theirs:
-      socket.send_fds(
-        image.sock, [json.dumps(setup).encode()], [theirs.fileno()]
-      )
+      fds = [theirs.fileno(), self._lifeline[0]]
+      socket.send_fds(image.sock, [json.dumps(setup).encode()], fds)
     image.unnamed.append(made)
     image.zygotes.append(made)
     hear = functools.partial(self._hear_zygote, image, made, plan)

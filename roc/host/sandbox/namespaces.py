@@ -45,7 +45,16 @@ _python.clone.argtypes = [
   ctypes.c_int,
   ctypes.c_void_p,
 ]
-_pause = ctypes.cast(_libc.pause, ctypes.c_void_p).value
+_read_one = ctypes.cast(_libc.fgetc_unlocked, ctypes.c_void_p).value
+_libc.fdopen.restype = ctypes.c_void_p
+_libc.setvbuf.argtypes = [
+  ctypes.c_void_p,
+  ctypes.c_void_p,
+  ctypes.c_int,
+  ctypes.c_size_t,
+]
+_FULLY_BUFFERED = 0
+_buffer = ctypes.create_string_buffer(64)
 _stack = ctypes.create_string_buffer(_STACK_BYTES)
 
 
@@ -117,21 +126,41 @@ def fork() -> int:
   return pid
 
 
-def start_first_process() -> int:
+def open_lifeline(fd: int) -> int:
+  """Returns a C stream for `start_first_process`, by its address.
+
+  Args:
+    fd: reading end of a pipe into which nobody writes.
+
+  Raises:
+    OSError: there is no memory.
+  """
+  stream = _libc.fdopen(fd, b"r")
+  if not stream:
+    raise OSError(ctypes.get_errno(), "fdopen")
+  _libc.setvbuf(stream, _buffer, _FULLY_BUFFERED, len(_buffer))
+  return stream
+
+
+def start_first_process(lifeline: int) -> int:
   """Starts process 1 of a new pid namespace, a sibling; returns its pid.
 
   It shares this process' memory, so that it costs next to nothing, and does
-  nothing with it: it waits in pause(2) until it is killed. Signals from inside
-  its namespace do not reach it; where this process ignores SIGCHLD, so does it,
-  and the kernel reaps the namespace's orphans. All of them can stand on one
-  stack, for none ever comes back.
+  nothing with it: it waits in read(2) until it is killed, or until the pipe
+  ends with the last process that could write to it. Signals from inside its
+  namespace do not reach it; where this process ignores SIGCHLD, so does it, and
+  the kernel reaps the namespace's orphans. All of them can stand on one stack:
+  whichever comes back only ends, in one way or another.
+
+  Args:
+    lifeline: from `open_lifeline`.
 
   Raises:
     OSError: the kernel refused.
   """
   top = (ctypes.addressof(_stack) + _STACK_BYTES) & ~63
   flags = _CLONE_VM | SIBLING | NEWPID | signal.SIGCHLD
-  return _check(_python.clone(_pause, top, int(flags), None), "clone")
+  return _check(_python.clone(_read_one, top, int(flags), lifeline), "clone")
 
 
 def unshare(flags: int) -> None:
@@ -157,6 +186,8 @@ class Nursery:
 
   Args:
     can_return: whether this process has rights over its own pid namespace.
+    lifeline_fd: reading end of a pipe; when the supervisor, which alone holds
+      the other end, is dead, the namespaces end.
 
   Attributes:
     spare: process 1 of the namespace that is ready; 0 when there is none.
@@ -166,12 +197,13 @@ class Nursery:
     OSError: the kernel refused.
   """
 
-  def __init__(self, can_return: bool):
+  def __init__(self, can_return: bool, lifeline_fd: int):
+    self._lifeline = open_lifeline(lifeline_fd)
     # By descriptor, for /proc may be out of reach later.
     self._own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     self.midwife, self._line = 0, None
     if not can_return:
-      self.midwife, self._line = _start_midwife()
+      self.midwife, self._line = _start_midwife(self._lifeline)
     self.spare = self._make()
 
   def enter(self) -> int:
@@ -197,7 +229,7 @@ class Nursery:
   def _make(self) -> int:
     if self._line is None:
       _check(_libc.setns(self._own, NEWPID), "setns")
-      return start_first_process()
+      return start_first_process(self._lifeline)
     self._line.send(b"?")
     pid = int(self._line.recv(32) or b"-1")
     if pid < 0:
@@ -205,7 +237,7 @@ class Nursery:
     return pid
 
 
-def _start_midwife() -> tuple[int, socket.socket]:
+def _start_midwife(lifeline: int) -> tuple[int, socket.socket]:
   """Forks the process that makes pid namespaces for one that cannot.
 
   Returns:
@@ -215,18 +247,18 @@ def _start_midwife() -> tuple[int, socket.socket]:
   pid = bare_fork(SIBLING)
   if pid == 0:
     ours.close()
-    _be_midwife(theirs)
+    _be_midwife(theirs, lifeline)
   theirs.close()
   return pid, ours
 
 
-def _be_midwife(sock: socket.socket) -> typing.NoReturn:
+def _be_midwife(sock: socket.socket, lifeline: int) -> typing.NoReturn:
   """Makes a pid namespace for every byte that comes, until none can come."""
   _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
   try:
     while sock.recv(1):
       try:
-        answer = start_first_process()
+        answer = start_first_process(lifeline)
       except OSError as error:
         answer = -(error.errno or 1)
       sock.send(b"%d" % answer)

@@ -181,7 +181,10 @@ class Session:
   def take_runner(self, pid: int, name: int) -> bool:
     """Notes a process that says it waits for a cell; False for a false one."""
     parent = linux.parent(pid)
-    if not self.settle_by or self.runner or not parent:
+    if not self.settle_by or self.runner or parent == self.init_pid:
+      return False
+    # An orphan's parent is the supervisor, with all calls below it.
+    if linux.read_tag(parent) != self.tag:
       return False
     try:
       self.runner_fd = os.pidfd_open(pid)

@@ -68,14 +68,18 @@ def template(
     pid = namespaces.bare_fork(namespaces.SIBLING)
     if pid == 0:
       sock.close()
-      mine = socket.socket(fileno=fds[0])
-      return functools.partial(serve, mine, json.loads(data), base_bytes)
+      mine, lifeline_fd = socket.socket(fileno=fds[0]), fds[1]
+      return functools.partial(
+        serve, mine, json.loads(data), base_bytes, lifeline_fd
+      )
     for fd in fds:
       os.close(fd)
     sock.send(b"%s %d" % (FORKED, pid))
 
 
-def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
+def serve(
+  sock: socket.socket, setup: dict, base_bytes: int, lifeline_fd: int
+) -> Next | None:
   """Takes a plan on and forks a child for every request.
 
   Args:
@@ -86,6 +90,7 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
       ID REASON` itself.
     setup: `plan`, `root`, `library_dirs`, `supervisor`, `n_tasks`.
     base_bytes: address space before a program adds to it.
+    lifeline_fd: ends when the supervisor is dead.
 
   Returns:
     In a child: what it does. In the zygote: nothing, when it is over.
@@ -109,7 +114,7 @@ def serve(sock: socket.socket, setup: dict, base_bytes: int) -> Next | None:
       plan, setup["root"], setup["library_dirs"], ask_for_maps
     )
     if plan.namespaces:
-      nursery = namespaces.Nursery(plan.namespaces == "direct")
+      nursery = namespaces.Nursery(plan.namespaces == "direct", lifeline_fd)
   except (OSError, ValueError) as error:
     sock.send(f"{error}"[:500].encode())
     return None
