@@ -119,6 +119,8 @@ class LogConfig:
   traces_every: int = 1  # steps between trace files; 0: none
   tensorboard: bool = True  # write event files under logs/
   progress: bool = True  # show progress on the terminal
+  # Share of a step's rollouts lost to the environment; more is warned of.
+  void_warning: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,6 +163,7 @@ def _check_ranges(c: "config_lib.Config") -> None:
     *("sampling.call_deadline", "sampling.rollout_deadline"),
     *("sft.heldout_every", "sft.heldout_calls"),
     *("sft.grad_clip", "eval.every", "eval.temperature", "log.traces_every"),
+    "log.void_warning",
     *("collect.first", "collect.step"),
   )
   _require(c.seed < 2**32, f"config.seed must be less than 2**32, got {c.seed}")

@@ -84,14 +84,29 @@ class StopReason(enum.IntEnum):
   MAX_TOKENS = 2  # budget spent in the middle of a turn
   TOOL_OVERFLOW = 3  # the tool's answer did not fit the budget
   CANCELLED = 4
-  INFRA = 5  # the sandbox or the model's numbers failed, retries included
+  INFRA = 5  # the sandbox failed, retries included
   DEADLINE = 6  # given up by the clock
+  LOGITS = 7  # the model's numbers were not finite
+
+
+class VoidReason(enum.IntEnum):
+  """What of the environment failed a rollout that is VOID."""
+
+  DEADLINE = 0  # the clock gave it up
+  VERIFIER = 1  # the check of its answer came to no end
+  GOLD = 2  # the right answer cannot be read
+  LOGITS = 3  # the model's numbers were not finite
+  SANDBOX = 4  # a tool or a check failed to run, retries included
+  CANCELLED = 5
 
 
 # The environment's fault: such a rollout is VOID, not wrong.
-VOID_REASONS = frozenset(
-  {StopReason.CANCELLED, StopReason.INFRA, StopReason.DEADLINE}
-)
+VOID_STOPS = {
+  StopReason.CANCELLED: VoidReason.CANCELLED,
+  StopReason.INFRA: VoidReason.SANDBOX,
+  StopReason.LOGITS: VoidReason.LOGITS,
+  StopReason.DEADLINE: VoidReason.DEADLINE,
+}
 TRUNCATED_REASONS = frozenset(
   {StopReason.MAX_TURNS, StopReason.MAX_TOKENS, StopReason.TOOL_OVERFLOW}
 )

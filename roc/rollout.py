@@ -54,7 +54,7 @@ class Sampler(Protocol):
 
 @dataclasses.dataclass
 class Timing:
-  """Seconds of wall time by what they were spent on, and what went wrong."""
+  """Seconds of wall time by what they were spent on."""
 
   generate: float = 0.0  # the device draws or reads tokens
   # Nothing could be drawn: waiting for the sandbox, for tools or for verdicts.
@@ -62,7 +62,6 @@ class Timing:
   # The host makes tokens of words and words of tokens: prompts, answers of
   # tools, parsed turns. Part of it lies behind what the device does.
   text: float = 0.0
-  n_broken: int = 0  # rollouts whose logits were not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +309,7 @@ class AgentLoop:
     live.turn += chunk.tokens
     live.budget -= len(chunk.tokens)
     if chunk.is_broken:
-      batch.timing.n_broken += 1
-      live.episode.stop(layout.StopReason.INFRA, verdict=BROKEN)
+      live.episode.stop(layout.StopReason.LOGITS, verdict=BROKEN)
     elif chunk.is_stopped:
       self._end_turn(live)
     else:

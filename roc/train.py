@@ -23,6 +23,7 @@ from roc import (
   curves,
   errors,
   evaluate,
+  layout,
   parameters,
   pretrained,
   replay,
@@ -42,6 +43,9 @@ from roc.host import episode as episode_lib
 from roc.host import pack, tools, traces
 from roc.host import tokenizer as tokenizer_lib
 
+# Steps without any rollout, in a row, that end a run.
+_MAX_VOID_STEPS = 3
+
 
 @dataclasses.dataclass
 class Cursor:
@@ -50,6 +54,7 @@ class Cursor:
   next_problem: int = 0
   rollouts_drawn: int = 0
   tokens_sampled: int = 0
+  void_steps: int = 0  # the latest ones, in a row, that left no rollout
 
 
 def _sandbox_figures(stats: dict[str, Any]) -> dict[str, float]:
@@ -150,9 +155,7 @@ class Trainer:
     groups, timing = self._loop.run(
       problems, f.n_drawn, seed=self.cfg.seed, step=step, first=first
     )
-    if timing.n_broken:
-      n_drawn = sum(map(len, groups))
-      _report_broken(params, step, timing.n_broken, n_drawn)
+    _report_broken(params, step, groups)
     return groups, timing
 
   def _engine_figures(self, timing: rollout.Timing) -> dict[str, float]:
@@ -193,18 +196,58 @@ class Trainer:
     self.cursor.next_problem += len(groups)
     self.cursor.rollouts_drawn += len(episodes)
     self.cursor.tokens_sampled += sum(e.n_model_tokens for e in episodes)
-    return {
+    void = episode_lib.void_shares(groups)
+    is_lost = void["errors/void_frac"] == 1
+    self.cursor.void_steps = self.cursor.void_steps + 1 if is_lost else 0
+    return void | {
       "rollouts_drawn": self.cursor.rollouts_drawn,
       "tokens_sampled": self.cursor.tokens_sampled,
     }
 
+  def check_void(
+    self,
+    row: dict[str, float],
+    step: int,
+    checkpoints: checkpoint.Checkpoints,
+  ) -> None:
+    """Warns of a step that lost many rollouts to the environment.
 
-def _report_broken(params: Any, step: int, n_broken: int, n_all: int) -> None:
+    Raises:
+      errors.UserError: the latest steps lost all of theirs.
+    """
+    share = row["errors/void_frac"]
+    if share <= self.cfg.log.void_warning and share < 1:
+      return
+    reasons = ", ".join(
+      f"{reason.name.lower()} {lost:.0%}"
+      for reason in layout.VoidReason
+      if (lost := row[f"errors/void_{reason.name.lower()}"])
+    )
+    if self.cursor.void_steps >= _MAX_VOID_STEPS:
+      raise errors.UserError(
+        f"step {step}: the environment failed every rollout of"
+        f" {self.cursor.void_steps} steps in a row ({reasons}), so nothing is"
+        f" learnt; {updates.newest(checkpoints)}; mend the environment and run"
+        " the same command again"
+      )
+    build.say(
+      f"step {step}: {share:.0%} of the rollouts were lost to the environment"
+      f" ({reasons}) and are outside of their groups"
+    )
+
+
+def _report_broken(
+  params: Any, step: int, groups: list[list[episode_lib.Episode]]
+) -> None:
   """Says that logits were not finite; stops a run that has nothing else.
 
   Raises:
     errors.UserError: no rollout of the step is left.
   """
+  reasons = [e.void_reason for g in groups for e in g]
+  n_broken, n_all = reasons.count(layout.VoidReason.LOGITS), len(reasons)
+  if not n_broken:
+    return
   norm = float(optax.tree.norm(params))
   what = (
     f"step {step}: the logits of {n_broken} of {n_all} rollouts were not finite"
@@ -212,8 +255,8 @@ def _report_broken(params: Any, step: int, n_broken: int, n_all: int) -> None:
   )
   if n_broken == n_all:
     raise errors.UserError(
-      f"{what}; start again from an older checkpoint with a lower"
-      " config.train.lr or config.train.grad_clip"
+      f"{what}; go back to an older checkpoint (--restore_step=N) with a lower"
+      " config.train.lr or config.train.grad_clip and --allow_config_change"
     )
   build.say(f"{what}; they are left out of their groups")
 
@@ -336,6 +379,7 @@ def _loop(
       if is_last or _is_due(step, cfg.log.traces_every, first=1):
         traces.write(traces.path_of(workdir, step), groups, tokenizer)
       updates.check_finite(row, step, checkpoints, "train")
+      trainer.check_void(row, step, checkpoints)
       if is_last or _is_due(step, cfg.eval.every):
         bar.phase("evaluation")
         row |= evaluated(state, step)

@@ -370,6 +370,7 @@ def test_infra_is_no_wrong_answer(chat, say):
   ((failed, fine),) = world.run(sandbox)
   assert failed.stop_reason == Stop.INFRA
   assert failed.outcome == layout.Outcome.VOID and failed.reward == 0.0
+  assert failed.void_reason == layout.VoidReason.SANDBOX
   assert [r.status for r in failed.tool_records] == [Status.INFRA]
   assert failed.n_judged_calls == 0
   assert fine.outcome == layout.Outcome.CORRECT
@@ -472,6 +473,11 @@ def test_a_failed_check_is_no_wrong_answer(chat, say, reason, is_late):
   ((failed, fine),) = world.run(score=score)
   assert failed.stop_reason == Stop.ANSWERED
   assert (failed.outcome, failed.verdict) == (layout.Outcome.VOID, reason)
+  said = {"bad_gold": "GOLD", "infra": "SANDBOX"}.get(reason, "VERIFIER")
+  assert failed.void_reason == layout.VoidReason[said]
+  assert fine.void_reason is None
+  again = type(failed).from_json(failed.to_json())
+  assert again.void_reason == failed.void_reason
   assert failed.reward == 0.0
   assert fine.outcome == layout.Outcome.CORRECT and fine.reward == 1.0
 
@@ -623,6 +629,7 @@ def assert_given_up(episode, verdict):
   assert episode.stop_reason == Stop.DEADLINE and not episode.is_truncated
   assert episode.outcome == layout.Outcome.VOID and episode.reward == 0.0
   assert episode.verdict == verdict
+  assert episode.void_reason == layout.VoidReason.DEADLINE
 
 
 class CountingScore:
@@ -758,6 +765,7 @@ def test_cancel_ends_all_that_is_under_way(chat, say):
   for episode in rest:
     assert episode.stop_reason == Stop.CANCELLED
     assert (episode.outcome, episode.verdict) == (layout.Outcome.VOID, "void")
+    assert episode.void_reason == layout.VoidReason.CANCELLED
     assert episode.reward == 0.0
   n_prompt = len(chat.prompt_ids("0+0"))
   assert [len(e) > n_prompt for e in rest] == [True, True, False, False, False]
@@ -853,10 +861,11 @@ def test_broken_logits_are_no_wrong_answer(chat, say):
   groups = world.run(score=score)
   *broken, fine = groups[0]
   for episode in broken:
-    assert episode.stop_reason == Stop.INFRA
+    assert episode.stop_reason == Stop.LOGITS
     assert episode.outcome == layout.Outcome.VOID and episode.reward == 0.0
     assert episode.verdict == "broken_logits"
-  assert world.timing.n_broken == 3 and score.n_asked == 1
+    assert episode.void_reason == layout.VoidReason.LOGITS
+  assert score.n_asked == 1
   # What was drawn before stays on record.
   prompt, (suffix, _) = chat.prompt_ids("0+0"), chat.tool_suffix(["<a>"])
   assert [e.token_ids for e in broken] == [
@@ -867,12 +876,6 @@ def test_broken_logits_are_no_wrong_answer(chat, say):
   assert [e.n_judged_calls for e in broken] == [0, 0, 1]
   assert fine.outcome == layout.Outcome.CORRECT
   world.check_all(groups)
-
-
-def test_nothing_is_broken_by_itself(chat, say):
-  world = World(chat, [[[say.answer("0")]]])
-  world.run()
-  assert world.timing.n_broken == 0
 
 
 # --------------------------------------------------------- the device is busy

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import shutil
+import types
 
 import jax
 import jax.monitoring
@@ -613,6 +614,54 @@ def test_each_held_out_problem_is_asked_once():
   assert ids(problem.distinct(small, 2)) == [4, 1]
   endless = Problems(list(range(1000)))
   assert ids(problem.distinct(endless, 128)) == list(range(128))
+
+
+def void(reason):
+  made = episode(Outcome.VOID)
+  made.void_reason = reason
+  return made
+
+
+def test_rollouts_lost_to_the_environment_are_counted(tmp_path, capsys):
+  """By reason; a step of many warns, the third of nothing else ends it."""
+  Reason = layout.VoidReason
+  cfg = config.Config(log=config.LogConfig(void_warning=0.25))
+  trainer = types.SimpleNamespace(cfg=cfg, cursor=train.Cursor())
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(2, {}, {})
+
+  def step(number, *groups):
+    row = train.Trainer._count(trainer, groups)
+    train.Trainer.check_void(trainer, row, number, saved)
+    return {k: v for k, v in row.items() if k.startswith("errors/") and v}
+
+  fine = [episode(Outcome.WRONG)] * 2
+  assert step(1, fine, fine) == {}
+  row = step(2, [*fine, void(Reason.SANDBOX)], fine[:1])
+  assert row == {"errors/void_frac": 0.25, "errors/void_sandbox": 0.25}
+  assert not capsys.readouterr().out
+  row = step(3, [void(Reason.GOLD), void(Reason.DEADLINE)], fine)
+  assert row == {
+    "errors/void_frac": 0.5,
+    "errors/void_gold": 0.25,
+    "errors/void_deadline": 0.25,
+  }
+  said = capsys.readouterr().out
+  assert said.startswith("step 3: 50% of the rollouts were lost")
+  assert "(deadline 25%, gold 25%)" in said
+
+  lost = [void(Reason.VERIFIER), void(Reason.LOGITS)]
+  for number in (4, 5):
+    row = step(number, lost, lost)
+    assert row["errors/void_verifier"] == row["errors/void_logits"] == 0.5
+  step(6, fine)
+  assert trainer.cursor.void_steps == 0  # in a row
+  for number in (7, 8):
+    step(number, lost)
+  with pytest.raises(errors.UserError, match="^step 9: .*every rollout") as e:
+    step(9, lost)
+  assert "verifier 50%, logits 50%" in str(e.value)
+  assert "the newest checkpoint is that of step 2" in str(e.value)
 
 
 def test_pass_at_is_unbiased():

@@ -60,6 +60,7 @@ class Episode:
     outcome: raw correctness.
     reward: scalar reward, shaping included.
     verdict: reason of the outcome in a word.
+    void_reason: what failed where the outcome is VOID; else None.
     advantage: set after the update; None before.
     kept: whether the filter kept it; None before.
     p_err: share of failed calls (0.5 with no call); None before the filter.
@@ -90,6 +91,7 @@ class Episode:
   outcome: layout.Outcome = layout.Outcome.WRONG
   reward: float = 0.0
   verdict: str = ""
+  void_reason: layout.VoidReason | None = None
   advantage: float | None = None
   kept: bool | None = None
   p_err: float | None = None
@@ -218,7 +220,7 @@ class Episode:
   ) -> None:
     """Ends the episode; it has a verdict only where it needs no judging.
 
-    An environment's fault (`layout.VOID_REASONS`) makes it VOID, outside its
+    An environment's fault (`layout.VOID_STOPS`) makes it VOID, outside its
     group.
 
     Args:
@@ -226,7 +228,8 @@ class Episode:
       verdict: of an environment's fault, in a word.
     """
     self.stop_reason = stop_reason
-    if stop_reason in layout.VOID_REASONS:
+    self.void_reason = layout.VOID_STOPS.get(stop_reason)
+    if self.void_reason is not None:
       self.outcome = layout.Outcome.VOID
       self.verdict = verdict
 
@@ -244,6 +247,7 @@ class Episode:
     self.verdict = verdict.reason
     self.reward = verdict.reward
     self.outcome = verdict.outcome
+    self.void_reason = verdict.void_reason
 
   def _append(
     self,
@@ -285,6 +289,9 @@ class Episode:
       None if self.stop_reason is None else self.stop_reason.name.lower()
     )
     row["outcome"] = self.outcome.name.lower()
+    row["void_reason"] = (
+      None if self.void_reason is None else self.void_reason.name.lower()
+    )
     row["tool_records"] = [
       {
         "status": record.status.name.lower(),
@@ -332,6 +339,24 @@ class Episode:
     return episode
 
 
+def void_shares(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+  """Share of rollouts that are VOID, of all and by what failed.
+
+  Args:
+    groups: at least one rollout.
+
+  Returns:
+    `errors/void_frac`, and `errors/void_sandbox` and so on, which add up to it.
+  """
+  reasons = [e.void_reason for group in groups for e in group]
+  shares = {
+    f"errors/void_{reason.name.lower()}": reasons.count(reason) / len(reasons)
+    for reason in layout.VoidReason
+  }
+  n_void = len(reasons) - reasons.count(None)
+  return {"errors/void_frac": n_void / len(reasons)} | shares
+
+
 def read_episodes(path: str | pathlib.Path) -> Iterator[Episode]:
   """Reads a JSONL file of episodes.
 
@@ -348,6 +373,8 @@ def _read_field(name: str, value: Any) -> Any:
     return None if value is None else layout.StopReason[value.upper()]
   if name == "outcome":
     return layout.Outcome[value.upper()]
+  if name == "void_reason":
+    return None if value is None else layout.VoidReason[value.upper()]
   if name == "tool_records":
     return [
       ToolRecord(

@@ -28,9 +28,12 @@ _NUMBER = re.compile(
   re.VERBOSE,
 )
 # Not the model's fault: the rollout is left out of its group.
-VOID_REASONS = frozenset(
-  {"verifier_timeout", "verifier_error", "infra", "bad_gold"}
-)
+VOID_REASONS = {
+  "verifier_timeout": layout.VoidReason.VERIFIER,
+  "verifier_error": layout.VoidReason.VERIFIER,
+  "infra": layout.VoidReason.SANDBOX,
+  "bad_gold": layout.VoidReason.GOLD,
+}
 _BOX = re.compile(r"\\boxed(?:\s*\{|\s+(?=[^\s{])|(?=[\\\d]))")
 _LATEX_FRACTION = re.compile(r"([+-]?)\\d?frac\{([^{}]+)\}\{([^{}]+)\}")
 
@@ -58,9 +61,14 @@ class Verdict:
     return float(self.is_correct)
 
   @property
+  def void_reason(self) -> layout.VoidReason | None:
+    """What failed, where there is no saying."""
+    return VOID_REASONS.get(self.reason)
+
+  @property
   def outcome(self) -> layout.Outcome:
     """Right, wrong, or not to be judged by the checker's own fault."""
-    if self.reason in VOID_REASONS:
+    if self.void_reason is not None:
       return layout.Outcome.VOID
     return layout.Outcome(int(self.is_correct))
 
