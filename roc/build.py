@@ -19,6 +19,7 @@ from roc import (
   errors,
   places,
   pretrained,
+  records,
   rollout,
   runlog,
   wiring,
@@ -91,6 +92,47 @@ def check_answers(host: wiring.HostParts, sandbox: Any) -> None:
         say(note)
     except ValueError as e:
       raise errors.UserError(str(e)) from e
+
+
+def check_lengths(
+  cfg: config_lib.Config,
+  host: wiring.HostParts,
+  tasks: Sequence[problem_lib.Task],
+) -> None:
+  """Finds every problem whose prompt and budget cannot fit a slot.
+
+  Of sets without an end, `check_prompts` looks at each problem that is drawn.
+
+  Raises:
+    errors.UserError: there are some, and the task is told to refuse them.
+  """
+  s = cfg.sampling
+  room = s.cache_length - s.max_tokens
+  n_around = len(host.chat.prompt_ids(""))
+
+  def find_overlong(questions: Sequence[str]) -> dict[int, str]:
+    found = {}
+    for i, question in enumerate(questions):
+      # No token is less than a byte, so most need not be tokenized.
+      if n_around + len(question.encode("utf-8", "surrogatepass")) <= room:
+        continue
+      n = len(host.chat.prompt_ids(question))
+      if n > room:
+        found[i] = f"{n} tokens"
+    return found
+
+  for task in tasks:
+    if not hasattr(task, "check_lengths"):
+      continue
+    try:
+      for note in task.check_lengths(find_overlong):  # pyrefly: ignore
+        say(note)
+    except ValueError as e:
+      raise errors.UserError(
+        f"{e}; with config.sampling.max_tokens={s.max_tokens} a prompt has room"
+        f" for {room} of config.sampling.cache_length={s.cache_length}; raise"
+        " that, or set on_overlong to drop"
+      ) from e
 
 
 def make_policy(cfg: config_lib.Config, host: wiring.HostParts) -> model.Policy:
@@ -223,6 +265,16 @@ def say(text: str) -> None:
   """Prints a line as it is: no markup, no wrapping."""
   console = rich.console.Console(highlight=False, soft_wrap=True)
   console.print(text, markup=False)
+
+
+def contents(host: wiring.HostParts) -> dict[str, str]:
+  """Digests of the problems that come from files, for `identity`."""
+  tasks = {"train_task": host.train_task, "eval_task": host.eval_task}
+  return {
+    f"{records.CONTENTS}{name}": task.digest
+    for name, task in tasks.items()
+    if hasattr(task, "digest")
+  }
 
 
 def identity(

@@ -107,6 +107,8 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   """
   cfg = pretrained.settle(cfg)
   host = build.host_parts(cfg)
+  task = host.eval_task if cfg.collect.task == "eval" else host.train_task
+  build.check_lengths(cfg, host, [task])
   problems = choose(cfg.collect, host)
   policy = build.make_policy(cfg, host)
   loaded = parameters.load_policy(cfg, workdir, policy, build.make_mesh(cfg))
@@ -296,7 +298,7 @@ def _made_with(
   cfg: config_lib.Config, host: wiring.HostParts, checkpoint: str
 ) -> dict[str, Any]:
   """Everything that a rollout depends on besides its problem and its id."""
-  flat = config_lib.flatten(cfg)
+  c, flat = cfg.collect, config_lib.flatten(cfg)
   names = ("seed", "collect.task", "collect.samples", "collect.step")
   return {
     "checkpoint": checkpoint,
@@ -307,6 +309,7 @@ def _made_with(
       if key.startswith(("model.", "sampling."))
     },
     "tokenizer": host.tokenizer.fingerprint,
+    **{k: v for k, v in build.contents(host).items() if c.task in k},
     **records.statements(host.gin_text),
   }
 

@@ -204,13 +204,16 @@ def _refuse_other_runs(cfg: config_lib.Config, jobs: Sequence[Job]) -> None:
   Finished runs are not started again, so nobody else would notice.
   """
   there = [job for job in jobs if (job.workdir / runlog.RECORD).exists()]
-  gin_text = build.host_parts(cfg).gin_text if there else ""
+  if not there:
+    return
+  host = build.host_parts(cfg)
   for job in there:
-    data = lessons.identity(job.cfg) if job.program == "sft" else {}
+    is_sft = job.program == "sft"
+    data = lessons.identity(job.cfg) if is_sft else build.contents(host)
     runlog.require_same(
       job.workdir,
       job.program,
-      gin_text=gin_text,
+      gin_text=host.gin_text,
       identity=build.identity(job.cfg, job.program, data),
       defaults=config_lib.defaults(job.cfg),
       remedy="give compare another --workdir, or remove that directory to train"

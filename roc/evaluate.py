@@ -283,6 +283,7 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
   """
   cfg = pretrained.settle(cfg)
   host = build.host_parts(cfg)
+  build.check_lengths(cfg, host, [host.eval_task])
   policy = build.make_policy(cfg, host)
   loaded = parameters.load_policy(cfg, workdir, policy, build.make_mesh(cfg))
   build.say(loaded.where)

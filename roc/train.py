@@ -301,9 +301,10 @@ def run(
   policy = build.make_policy(cfg, host)
   learner = updates.make_learner(cfg, policy)
   saved = read_replay(cfg, policy) if cfg.train.replay else None
-  claim = build.claim(
-    cfg, host, workdir, "train", data={} if saved is None else saved.identity
-  )
+  drawn_from = [] if saved else [host.train_task]
+  build.check_lengths(cfg, host, [*drawn_from, host.eval_task])
+  data = build.contents(host) | ({} if saved is None else saved.identity)
+  claim = build.claim(cfg, host, workdir, "train", data=data)
   checkpoints = build.checkpoints(cfg, workdir)
   with claim, build.started_sandbox(host) as sandbox:
     claim.note(sandbox=sandbox.info())

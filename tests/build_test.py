@@ -1,10 +1,14 @@
-"""What is set aside when a run goes back to an older step."""
+"""Before any work starts: problems, whose a run is, and going back a step."""
 
 import json
 
-from roc import build, runlog
+import pytest
+
+from roc import build, config, errors, runlog
 from roc.device import checkpoint
 from roc.host import traces
+
+LONG = "What is " + "1 + " * 60 + "1?"
 
 
 def test_going_back_loses_nothing(tmp_path, capsys):
@@ -49,3 +53,57 @@ def test_going_back_loses_nothing(tmp_path, capsys):
   ]
   build.go_back(checkpoints, tmp_path, 1)
   assert (tmp_path / "set_aside_1" / "checkpoints" / "step_00000002").is_dir()
+
+
+def host_of(tmp_path, *questions, bindings=(), **changes):
+  """The host side of a run whose problems, all of them, are in one file."""
+  path = tmp_path / "problems.jsonl"
+  rows = [{"prompt": q, "answer": i} for i, q in enumerate(questions)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  c = config.default_config()
+  c.host.gin_bindings = (
+    "host.train_task = @train/FileTask",
+    f"train/FileTask.path = '{path}'",
+    *bindings,
+  )
+  c.update_from_flattened_dict(changes)
+  cfg = config.resolve(c)
+  return cfg, build.host_parts(cfg)
+
+
+def test_every_prompt_is_looked_at_before_the_first_step(tmp_path, capsys):
+  asked = ["What is 2 * 3?", LONG, "What is 4 * 5?", LONG + " "]
+  cfg, host = host_of(tmp_path, *asked)
+  with pytest.raises(errors.UserError) as e:
+    build.check_lengths(cfg, host, [host.train_task, host.eval_task])
+  n = len(host.chat.prompt_ids(LONG))
+  room = cfg.sampling.cache_length - cfg.sampling.max_tokens
+  text = str(e.value)
+  assert f"2 of 4 prompts are too long: line 2 ({n} tokens); line 4 (" in text
+  assert f"a prompt has room for {room} of" in text and "\n" not in text
+  drop = ("train/FileTask.on_overlong = 'drop'",)
+  cfg, host = host_of(tmp_path, *asked, bindings=drop)
+  build.check_lengths(cfg, host, [host.train_task, host.eval_task])
+  assert "2 of 4 prompts are too long" in capsys.readouterr().out
+  drawn = {p.question for p in host.train_task.problems(0, 8)}
+  assert drawn == {asked[0], asked[2]}
+  # A longer cache has room for all.
+  cfg, host = host_of(tmp_path, *asked, **{
+    "sampling.cache_length": 2048, "train.buckets": (2048,),
+  })  # fmt: skip
+  build.check_lengths(cfg, host, [host.train_task])
+  assert len(host.train_task) == 4
+
+
+def test_other_problems_are_another_run(tmp_path):
+  def claim(*questions):
+    cfg, host = host_of(tmp_path, *questions)
+    data = build.contents(host)
+    build.claim(cfg, host, tmp_path / "run", "train", data).close()
+
+  claim("What is 1 + 1?")
+  claim("What is 1 + 2?")  # nothing was done yet
+  (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+  claim("What is 1 + 2?")
+  with pytest.raises(errors.UserError, match="contents of train_task"):
+    claim("What is 1 + 3?")

@@ -238,7 +238,7 @@ def test_training_problems_and_a_file_of_problems(workdir, tmp_path):
       r"collect.samples \(2 -> 3\) differ; give the old",
     ),
     ({"seed": 4}, r"seed \(0 -> 4\) differ"),
-    ({"sampling.top_k": 9}, r"sampling.top_k \(0 -> 9\) differ"),
+    ({"sampling.max_turns": 2}, r"sampling.max_turns \(6 -> 2\) differ"),
     ({"collect.step": 9}, "collect.step .* move .*collect_eval away"),
     (
       {"host.gin_bindings": ("wall_s = 9.0",)},

@@ -1,6 +1,7 @@
 """Problems from files, checked whole before any work starts."""
 
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -47,6 +48,8 @@ class FileTask:
       answer: "error" or "drop".
     unreadable: and with an answer that the verifier cannot read, see
       `check_answers`: "keep" (its rollouts will be void), "drop" or "error".
+    on_overlong: and with a prompt that leaves no room for a rollout, see
+      `check_lengths`: "error" or "drop".
     not_in: files of evaluation problems; a row that shares a run of `ngram`
       words with one of them is left out.
     ngram: words of such a run.
@@ -73,6 +76,7 @@ class FileTask:
     duplicates: str = "error",
     bad_rows: str = "error",
     unreadable: str = "keep",
+    on_overlong: str = "error",
     not_in: Paths = (),
     ngram: int = 8,
     rollouts: str = "",
@@ -84,6 +88,7 @@ class FileTask:
       ("duplicates", duplicates, _ON_BAD),
       ("bad_rows", bad_rows, _ON_BAD),
       ("unreadable", unreadable, _ON_UNREADABLE),
+      ("on_overlong", on_overlong, _ON_BAD),
     ):
       if value not in known:
         raise ValueError(f"{name} must be one of {known}, not {value!r}")
@@ -91,6 +96,7 @@ class FileTask:
     self.notes: list[str] = []
     self._seed = seed
     self._unreadable = unreadable
+    self._on_overlong = on_overlong
     self._places: dict[str, str] = {}  # of each problem, by its id
     found = _Reader(format, duplicates, bad_rows).read(_paths(path))
     self._places, self.notes = found.places, found.notes
@@ -121,6 +127,7 @@ class FileTask:
       )
     self._set(kept)
     self.notes += instructions.notes(self.name, self._problems)
+    self.digest = _digest(kept)
 
   def __len__(self) -> int:
     return len(self._problems)
@@ -166,9 +173,43 @@ class FileTask:
       raise ValueError(f"{text}; mend them, or set unreadable to drop or keep")
     if self._unreadable == "keep":
       return [f"{text}; their rollouts will be void (set unreadable to drop)"]
-    left_out = set(bad)
-    self._set([p for i, p in enumerate(self._problems) if i not in left_out])
+    self._leave_out(bad)
     return [f"{text}; they are left out"]
+
+  def check_lengths(
+    self, find_overlong: Callable[[Sequence[str]], Mapping[int, str]]
+  ) -> list[str]:
+    """Finds questions whose prompts leave no room for a rollout.
+
+    Args:
+      find_overlong: of a list of questions, the places of those, and how long
+        each is.
+
+    Returns:
+      Lines for people: how many are left out, and the first with their rows.
+
+    Raises:
+      ValueError: there are some, and `on_overlong` is "error"; or none is left.
+    """
+    long = find_overlong([p.question for p in self._problems])
+    if not long:
+      return []
+    places = [
+      f"{self._places[self._problems[i].id]} ({said})"
+      for i, said in long.items()
+    ]
+    text = (
+      f"{self.name}: {len(long)} of {len(self)} prompts are too long:"
+      f" {_listed(places, self.name)}"
+    )
+    if self._on_overlong == "error":
+      raise ValueError(text)
+    self._leave_out(long)
+    return [f"{text}; they are left out"]
+
+  def _leave_out(self, places: Iterable[int]) -> None:
+    left_out = set(places)
+    self._set([p for i, p in enumerate(self._problems) if i not in left_out])
 
   def _keep(
     self,
@@ -249,6 +290,15 @@ class _Reader:
         info=draft.info,
       )
     )
+
+
+def _digest(problems: Iterable[problem_lib.Problem]) -> str:
+  """Tells sets of problems apart, wherever their files lie."""
+  digest = hashlib.sha256()
+  for p in problems:
+    row = [p.id, p.index, p.question, p.answer]
+    digest.update(json.dumps(row).encode() + b"\n")
+  return digest.hexdigest()[:16]
 
 
 def _listed(places: Sequence[str], name: str) -> str:

@@ -1,7 +1,7 @@
 """Several sets of problems in one, each with its share."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from roc.host.tasks import files, order
 from roc.host.tasks import problem as problem_lib
@@ -81,6 +81,17 @@ class MixedTask:
   ) -> list[str]:
     """See `FileTask.check_answers`."""
     return [n for s in self._sets for n in s.check_answers(find_unreadable)]
+
+  def check_lengths(
+    self, find_overlong: Callable[[Sequence[str]], Mapping[int, str]]
+  ) -> list[str]:
+    """See `FileTask.check_lengths`."""
+    return [n for s in self._sets for n in s.check_lengths(find_overlong)]
+
+  @property
+  def digest(self) -> str:
+    """Tells the sets apart, as they were read."""
+    return " ".join(one.digest for one in self._sets)
 
   def _numbered(
     self, one: int, problem: problem_lib.Problem

@@ -389,6 +389,42 @@ def test_answers_that_the_verifier_cannot_read(tmp_path):
     task.check_answers(lambda answers: range(len(answers)))
 
 
+def test_prompts_that_are_too_long(tmp_path):
+  path = _sums(tmp_path, 9)
+  find = lambda questions: {
+    i: f"{i} tokens" for i in range(len(questions)) if i not in (0, 4)
+  }
+  task = files.FileTask(path)
+  with pytest.raises(ValueError) as e:
+    task.check_lengths(find)
+  assert "7 of 9 prompts are too long: line 2 (1 tokens); line 3 (2 tok" in (
+    str(e.value)
+  )
+  assert str(e.value).endswith("line 7 (6 tokens) and 2 more")
+  assert len(task) == 9 and task.check_lengths(lambda questions: {}) == []
+  task = files.FileTask(path, on_overlong="drop")
+  (note,) = task.check_lengths(find)
+  assert "left out" in note and _ids(task) == ["p0", "p4"]
+  with pytest.raises(ValueError, match="on_overlong must be one of"):
+    files.FileTask(path, on_overlong="keep")
+  mixed = mixture.MixedTask([lambda seed: files.FileTask(path, seed)])
+  with pytest.raises(ValueError, match="7 of 9 prompts"):
+    mixed.check_lengths(find)
+
+
+def test_a_digest_is_of_the_problems_and_not_of_their_place(tmp_path):
+  path = _sums(tmp_path, 4)
+  digest = files.FileTask(path).digest
+  moved = path.rename(tmp_path / "moved.jsonl")
+  assert files.FileTask(moved, seed=3).digest == digest
+  assert files.FileTask(moved, limit=3).digest != digest
+  text = moved.read_text()
+  moved.write_text(text.replace('"answer": 1', '"answer": 7'))
+  assert files.FileTask(moved).digest != digest
+  mixed = mixture.MixedTask([lambda seed: files.FileTask(moved, seed)])
+  assert mixed.digest == files.FileTask(moved).digest
+
+
 # ------------------------------------------------------------------ downloads
 
 
