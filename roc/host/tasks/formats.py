@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from roc import errors
-from roc.host import rewards
+from roc.host import answers, rewards
 from roc.host.tasks import rows as rows_lib
 
 _PLAIN_FIELDS = ("id", "prompt", "answer", "kind", "info")
@@ -80,6 +80,7 @@ def read(row: rows_lib.Row, name: str) -> Draft:
       f" of {', '.join(FORMATS)}"
     )
   question, answer, taken = FORMATS[name].read(fields, where)
+  answer = answers.find(answer)
   if name == "plain":
     kind = _typed(fields, "kind", str, "", where)
     info = _typed(fields, "info", dict, {}, where)

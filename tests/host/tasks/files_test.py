@@ -46,6 +46,16 @@ def test_rows_become_problems_in_order(tmp_path):
   assert (second.question, second.answer, second.index) == ("Q\u2028?", "5", 1)
 
 
+def test_boxes_and_sentences_around_answers_are_taken_off(tmp_path):
+  written = ("$\\boxed{4}$", "The answer is 4.", "2 + 2 = 4 #### 4", "x = 4")
+  path = _write(
+    tmp_path,
+    *({"id": str(i), **ROW, "answer": a} for i, a in enumerate(written)),
+  )
+  answers = [p.answer for p in files.FileTask(path).all_problems]
+  assert answers == ["4", "4", "4", "x = 4"]
+
+
 def test_a_missing_id_comes_from_the_content(tmp_path):
   path = _write(tmp_path, ROW, {**ROW, "prompt": "Q"})
   first, second = files.FileTask(path).all_problems
