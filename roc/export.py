@@ -161,11 +161,13 @@ def export(
 def _published_fields(source: pathlib.Path, dtype: str) -> dict[str, Any]:
   """Config of the published model: it says more than we need, such as lengths.
 
+  What is written has its head, though it may have been published without.
   transformers 5 calls the field of the type `dtype`, older ones `torch_dtype`.
   """
   fields = json.loads((source / families.CONFIG_FILE).read_text("utf-8"))
   key = "dtype" if "dtype" in fields else "torch_dtype"
-  return fields | {key: dtype}
+  family = families.FAMILIES[fields["model_type"]]
+  return fields | {key: dtype, "architectures": [family.architecture]}
 
 
 def copy_side_files(

@@ -144,7 +144,10 @@ def test_mistakes(quick, tmp_path, capsys):
     ((f"--workdir={tmp_path}/no", f"--output={out}"), "no/config.json"),
     ((f"--workdir={workdir}", f"--output={there}"), "there exists"),
     ((f"--workdir={workdir}", f"--output={tmp_path}/file/x"), "file/x cannot"),
-    ((f"--workdir={workdir}", f"--output={out}", "--step=9"), "00000009"),
+    (
+      (f"--workdir={workdir}", f"--output={out}", "--step=9"),
+      "no checkpoint of step 9",
+    ),
     ((f"--workdir={moved}", f"--output={out}"), "no checkpoint under"),
     ((f"--workdir={workdir}", f"--output={out}", "--step=x"), "invalid int"),
   ):

@@ -1,5 +1,6 @@
 """What supervised training reads: files, lengths, what is held out."""
 
+import gzip
 import json
 
 import jax.numpy as jnp
@@ -110,6 +111,23 @@ def test_what_is_cut_before_the_model_speaks_is_left_out(
 def test_what_cannot_be_is_one_sentence(changes, sentence, data, tmp_path):
   with pytest.raises(errors.UserError, match=sentence):
     read(tmp_path, sft__data=(str(data),), **changes)
+
+
+def test_shards_are_one_set(data, tmp_path):
+  """Gzip or not, in order of their names."""
+  lines = data.read_bytes().splitlines(keepends=True)
+  (tmp_path / "part-1.jsonl").write_bytes(b"".join(lines[10:]))
+  first = gzip.compress(b"".join(lines[:10]))
+  (tmp_path / "part-0.jsonl.gz").write_bytes(first)
+  whole, pattern = (str(data),), (str(tmp_path / "part-*.jsonl*"),)
+  found = lessons.paths(settings(sft__data=pattern))
+  assert [p.name for p in found] == ["part-0.jsonl.gz", "part-1.jsonl"]
+  (tmp_path / "a").mkdir()
+  (tmp_path / "b").mkdir()
+  ids = lambda x: [(y.task_id, y.token_ids.tolist()) for y in x.learnt]
+  assert ids(read(tmp_path / "a", sft__data=whole)) == ids(
+    read(tmp_path / "b", sft__data=pattern)
+  )
 
 
 def test_a_bad_line_is_named_before_any_work(data, tmp_path):

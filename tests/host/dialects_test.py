@@ -1,6 +1,7 @@
 r"""Dialects of calls: found, read, written, and chosen by the template."""
 
 import json
+import pathlib
 
 import pytest
 import tokenizers
@@ -23,65 +24,9 @@ CALL = messages_lib.Call("python", {"code": CODE})
 ROLE = layout.Role
 
 # Templates of our own in the shape of the published ones.
-LLAMA = r"""
-{{- '<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n' }}
-{%- if tools %}{{ 'Environment: ipython\n' }}{% endif %}
-{%- if messages[0].role == 'system' %}
-{{- messages[0].content }}{% set messages = messages[1:] %}{% endif %}
-{{- '<|eot_id|>' }}
-{%- for m in messages %}
-{%- if m.role == 'tool' %}
-{{- '<|start_header_id|>ipython<|end_header_id|>\n\n' }}
-{{- m.content | tojson }}{{ '<|eot_id|>' }}
-{%- elif m.tool_calls %}
-{%- if m.tool_calls | length > 1 %}{{ raise_exception('one at a time') }}
-{%- endif %}
-{%- set f = m.tool_calls[0].function %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
-{{- '{"name": "' ~ f.name ~ '", "parameters": ' ~ (f.arguments | tojson) }}
-{{- '}' }}{{ '<|eom_id|>' if builtin_tools is defined else '<|eot_id|>' }}
-{%- else %}
-{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}
-{%- if loop.first and tools %}
-{{- 'Answer with JSON {"name": N, "parameters": P} to call:\n\n' }}
-{%- for t in tools %}{{ t | tojson(indent=4) }}{{ '\n\n' }}{% endfor %}
-{%- endif %}
-{{- m.content | trim }}{{ '<|eot_id|>' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}
-"""
-XML = r"""
-{{- '<|im_start|>system\n' }}
-{%- for t in tools or [] %}
-{{- '<function>\n<name>' ~ t.function.name ~ '</name>\n' }}
-{%- for name, p in t.function.parameters.properties | items %}
-{{- '<parameter>\n<name>' ~ name ~ '</name>\n</parameter>\n' }}{% endfor %}
-{{- '</function>\n' }}{% endfor %}
-{{- '<|im_end|>\n' }}
-{%- for m in messages %}
-{%- if m.role == 'tool' %}
-{{- '<|im_start|>user' if messages[loop.index0 - 1].role != 'tool' }}
-{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-{{- '<|im_end|>\n' if loop.last or messages[loop.index0 + 1].role != 'tool' }}
-{%- else %}
-{{- '<|im_start|>' + m.role + '\n' }}
-{%- if m.role == 'assistant' and loop.last %}
-{{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}
-{{- m.content }}
-{%- for call in m.tool_calls or [] %}
-{{- '\n' if m.content or not loop.first }}
-{{- '<tool_call>\n<function=' + call.function.name + '>\n' }}
-{%- for name, value in call.function.arguments | items %}
-{{- '<parameter=' + name + '>\n' + (value | string) + '\n</parameter>\n' }}
-{%- endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}
-{{- '<|im_end|>\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}
-{%- endif %}
-"""
+CHAT = pathlib.Path(__file__).parents[1] / "golden" / "chat"
+LLAMA = (CHAT / "llama3.jinja").read_text()
+XML = (CHAT / "qwen_xml.jinja").read_text()
 HEADERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
 TAGS = (*HEADERS, "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
 

@@ -461,6 +461,29 @@ def test_a_file_of_the_hub_is_downloaded_once(tmp_path, monkeypatch):
     files.FileTask("hf://datasets/org/name/train.jsonl")
 
 
+def test_shards_of_the_hub(tmp_path, monkeypatch):
+  import huggingface_hub
+
+  names = ["README.md", "data/train-0.jsonl", "data/train-1.jsonl", "x.jsonl"]
+  for i in range(2):
+    _sums(tmp_path, 2, name=f"train-{i}.jsonl", first=2 * i)
+
+  def listed(self, repo, *, repo_type, revision):
+    assert (repo, repo_type, revision) == ("org/name", "dataset", None)
+    return names[::-1]
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+  monkeypatch.setattr(
+    huggingface_hub,
+    "hf_hub_download",
+    lambda repo, file, **_: str(tmp_path / pathlib.Path(file).name),
+  )
+  task = files.FileTask("hf://datasets/org/name/data/train-*.jsonl")
+  assert _ids(task) == ["p0", "p1", "p2", "p3"]
+  with pytest.raises(ValueError, match="fits no file of that dataset"):
+    files.FileTask("hf://datasets/org/name/test-*.jsonl")
+
+
 LAST = (
   "Solve the following math problem step by step. The last line of your"
   " response should be of the form Answer: $Answer (without quotes) where"
