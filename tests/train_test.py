@@ -739,6 +739,26 @@ def test_settings_run(ran, tmp_path, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "how", [{"sampling.top_p": 0.8}, {"sampling.top_k": 5}], ids=["p", "k"]
+)
+def test_the_first_ratio_is_one_however_tokens_were_drawn(ran, tmp_path, how):
+  cfg = settings(
+    **{
+      "init_from": str(ran.sft),
+      "train.steps": 1,
+      "sampling.temperature": 0.6,
+      "loss.old_logprobs": "recompute",
+      **how,
+    }
+  )
+  train.run(cfg, tmp_path)
+  row = rows_of(tmp_path)[1]
+  assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+  assert row["clip_ratio/region"] == 0.0
+
+
+@pytest.mark.slow
 def test_eight_devices_train_alike(ran, tmp_path):
   """The first step of a mesh is that of one device, to rounding."""
   cfg = settings(

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from roc import layout
+from roc.core import metrics
 from roc.device import engine as engine_lib
 from roc.device import model, sampling, sharding
 from roc.device import step as step_lib
@@ -574,3 +576,75 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(policy, params, jobs):
     drawn[used.n_ids] = tokens_BT[is_drawn_BT]
   assert np.mean(drawn[0] >= n_ids) > 0.1
   assert np.all(drawn[n_ids] < n_ids) and len(drawn[n_ids]) > 40
+
+
+@pytest.mark.parametrize(
+  ("temperature", "how", "share"),
+  [
+    (0.6, {"top_p": 0.8}, (0.6, 0.95)),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (1.0, {}, (1 - 1e-4, 1 + 1e-4)),
+        (0.6, {}, (1 - 1e-4, 1 + 1e-4)),
+        (1.0, {"top_k": 3}, (0.2, 0.9)),
+        (1.0, {"top_p": 0.8}, (0.6, 0.95)),
+        (0.6, {"min_p": 0.2}, (0.3, 0.95)),
+      )
+    ),
+  ],
+)
+def test_ratio_of_the_policy_that_sampled(
+  policy, params, jobs, temperature, how, share
+):
+  """It is 1 with recomputed old log-probs, however tokens were drawn.
+
+  With the sampler's it is the probability of the tokens among which was drawn.
+  """
+  config = dataclasses.replace(CONFIG, temperature=temperature, **how)
+  engine = engine_lib.Engine(policy, config, STOP_IDS)
+  engine.set_params(params)
+  records = drive(engine, jobs)
+  B, T = len(records), CONFIG.cache_length
+  tokens_BT = np.zeros((B, T), np.int32)
+  roles_BT = np.zeros((B, T), np.int8)
+  sampler_BT = np.zeros((B, T), np.float32)
+  for b, record in enumerate(records):
+    tokens_BT[b, : len(record.ids)] = record.ids
+    at = np.flatnonzero(record.is_drawn)
+    roles_BT[b, at] = layout.Role.MODEL
+    sampler_BT[b, at] = record.logps
+  logp_BT, _ = jax.jit(
+    lambda params, tokens_BT: step_lib.score(
+      policy,
+      params,
+      {"tokens_BT": tokens_BT},
+      chunk=64,
+      temperature=temperature,
+    )
+  )(params, tokens_BT)
+  loss = jax.jit(
+    step_lib.grpo_loss(
+      policy, step_lib.LossConfig(logprob_chunk=64), temperature
+    )
+  )
+  is_model_BT = roles_BT == layout.Role.MODEL
+
+  def row_of(old_BT):
+    batch = {
+      "tokens_BT": tokens_BT,
+      "roles_BT": roles_BT,
+      "logp_sampler_BT": sampler_BT,
+      "logp_old_BT": old_BT,
+      "advantage_B": np.where(np.arange(B) % 2, 1, -1).astype(np.float32),
+      "weight_BT": (is_model_BT / is_model_BT.sum()).astype(np.float32),
+    }
+    return metrics.finalize(loss(params, batch)[1])
+
+  row = row_of(np.asarray(logp_BT))
+  assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
+  assert row["clip_ratio/region"] == 0.0
+  low, high = share
+  assert low < row_of(sampler_BT)["ratio"] < high
+  if not how:
+    assert row["mismatch_kl"] < 1e-6
