@@ -62,14 +62,15 @@ def places(size: np.ndarray, n_kept: int | None) -> np.ndarray:
 
 def penalties(rollouts: groups_lib.Rollouts) -> Penalties:
   """The penalties of all rollouts, as the trainer works them out."""
+  one_group = lambda x: jnp.asarray(x)[None]  # a penalty knows no group
   found = resample.count_penalties(
     resample.CallCounts(
-      jnp.asarray(rollouts.n_judged), jnp.asarray(rollouts.n_failed)
+      one_group(rollouts.n_judged), one_group(rollouts.n_failed)
     ),
-    jnp.asarray(rollouts.n_answers),
-    jnp.asarray(rollouts.n_turns),
+    one_group(rollouts.n_answers),
+    one_group(rollouts.n_turns),
   )
-  return Penalties(*map(np.asarray, found))
+  return Penalties(*(np.asarray(x)[0] for x in found))
 
 
 def choose(

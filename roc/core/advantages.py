@@ -7,7 +7,10 @@ mean of all drawn rollouts would no longer centre the gradient.
 import jax
 import jax.numpy as jnp
 
+from roc.core import shapes
 
+
+@shapes.checked
 def group_advantages(
   reward_NO: jax.Array,
   keep_NO: jax.Array,

@@ -10,7 +10,7 @@ always (`mismatch_kl`), correct it where it matters.
 import jax
 import jax.numpy as jnp
 
-from roc.core import logprobs, masks, metrics
+from roc.core import logprobs, masks, metrics, shapes
 
 
 def _log_ratio_BT(logp_trainer_BT, logp_sampler_BT, is_model_BT) -> jax.Array:
@@ -20,6 +20,7 @@ def _log_ratio_BT(logp_trainer_BT, logp_sampler_BT, is_model_BT) -> jax.Array:
   )
 
 
+@shapes.checked
 def token_tis(
   logp_trainer_BT: jax.Array,
   logp_sampler_BT: jax.Array,
@@ -46,6 +47,7 @@ def token_tis(
   return jnp.where(is_model_BT, weight_BT, 0.0)
 
 
+@shapes.checked
 def icepop(
   logp_trainer_BT: jax.Array,
   logp_sampler_BT: jax.Array,
@@ -75,6 +77,7 @@ def icepop(
   return jnp.where(is_close_BT, ratio_BT, 0.0)
 
 
+@shapes.checked
 def sequence_mask(
   logp_trainer_BT: jax.Array,
   logp_sampler_BT: jax.Array,
@@ -110,6 +113,7 @@ def sequence_mask(
   return jnp.where(is_model_BT, weight_B1, 0.0)
 
 
+@shapes.checked
 def geometric_mask(
   logp_trainer_BT: jax.Array,
   logp_sampler_BT: jax.Array,
@@ -140,6 +144,7 @@ def geometric_mask(
   return jnp.where(is_model_BT & is_close_B[:, None], 1.0, 0.0)
 
 
+@shapes.checked
 def mismatch_kl(
   logp_trainer_BT: jax.Array,
   logp_sampler_BT: jax.Array,

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 
-from roc.core import products
+from roc.core import products, shapes
 
 _NO_SHARE = -1e30
 
@@ -51,6 +51,7 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array | None]: ...
 
 
+@shapes.checked
 def token_logprobs(
   hidden_BTD,
   unembed_DV,
@@ -111,6 +112,7 @@ def token_logprobs(
   return logp_BT, entropy_BT[:, :n_tokens] if with_entropy else None
 
 
+@shapes.checked
 def mask_ids(logits: jax.Array, n_ids: int) -> jax.Array:
   """Takes ids that no tokenizer writes out of the distribution.
 
@@ -131,6 +133,7 @@ def mask_ids(logits: jax.Array, n_ids: int) -> jax.Array:
   return jnp.where(jnp.arange(V) < n_ids, logits, _NO_SHARE)
 
 
+@shapes.checked
 def log_ratio(
   logp_BT: jax.Array, logp_other_BT: jax.Array, is_used_BT: jax.Array
 ) -> jax.Array:

@@ -12,7 +12,7 @@ are cut off at +-`logprobs.LOG_RATIO_BOUND`, so no ratio overflows.
 import jax
 import jax.numpy as jnp
 
-from roc.core import logprobs, masks, metrics
+from roc.core import logprobs, masks, metrics, shapes
 
 Stats = dict[str, metrics.Mean]
 
@@ -61,6 +61,7 @@ def _ratio_stats(ratio_BT, is_low_BT, is_high_BT, is_model_BT) -> Stats:
   }
 
 
+@shapes.checked
 def clipped_surrogate(
   logp_new_BT: jax.Array,
   logp_old_BT: jax.Array,
@@ -102,6 +103,7 @@ def clipped_surrogate(
   return _clipped(ratio_BT, adv_B, is_model_BT, low, high, dual_clip)
 
 
+@shapes.checked
 def gspo(
   logp_new_BT: jax.Array,
   logp_old_BT: jax.Array,
@@ -142,6 +144,7 @@ def gspo(
   return _clipped(jnp.exp(log_s_BT), adv_B, is_model_BT, low, high)
 
 
+@shapes.checked
 def cispo(
   logp_new_BT: jax.Array,
   logp_old_BT: jax.Array,
@@ -180,6 +183,7 @@ def cispo(
   return jnp.where(is_model_BT, loss_BT, 0.0), stats
 
 
+@shapes.checked
 def token_weights(
   is_model_NGT: jax.Array,
   kind: str,
@@ -239,6 +243,7 @@ def token_weights(
   return jnp.where(counts_NGT, weight_NG1, 0.0)
 
 
+@shapes.checked
 def kl_k1(
   logp_new_BT: jax.Array, logp_ref_BT: jax.Array, is_model_BT: jax.Array
 ) -> jax.Array:
@@ -259,6 +264,7 @@ def kl_k1(
   return logprobs.log_ratio(logp_new_BT, logp_ref_BT, is_model_BT)
 
 
+@shapes.checked
 def kl_k2(
   logp_new_BT: jax.Array, logp_ref_BT: jax.Array, is_model_BT: jax.Array
 ) -> jax.Array:
@@ -277,6 +283,7 @@ def kl_k2(
   )
 
 
+@shapes.checked
 def kl_k3(
   logp_new_BT: jax.Array, logp_ref_BT: jax.Array, is_model_BT: jax.Array
 ) -> jax.Array:
@@ -294,6 +301,7 @@ def kl_k3(
   return jnp.expm1(log_ratio_BT) - log_ratio_BT
 
 
+@shapes.checked
 def with_regularizers(
   loss_BT: jax.Array,
   is_model_BT: jax.Array,

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from roc import layout
+from roc.core import shapes
 
 
+@shapes.checked
 def is_model(roles: jax.Array) -> jax.Array:
   """Where the policy itself sampled the token: the only tokens with loss.
 
@@ -24,6 +26,7 @@ def is_model(roles: jax.Array) -> jax.Array:
   return roles == layout.Role.MODEL
 
 
+@shapes.checked
 def is_valid(roles: jax.Array) -> jax.Array:
   """Where there is a token at all, padding excluded.
 
@@ -36,6 +39,7 @@ def is_valid(roles: jax.Array) -> jax.Array:
   return roles != layout.Role.PAD
 
 
+@shapes.checked
 def is_prompt(roles: jax.Array) -> jax.Array:
   """Where the token belongs to the prompt, before anything was sampled.
 
@@ -48,6 +52,7 @@ def is_prompt(roles: jax.Array) -> jax.Array:
   return roles == layout.Role.PROMPT
 
 
+@shapes.checked
 def is_observation(roles: jax.Array) -> jax.Array:
   """Where the environment spoke: tool output and the tags around it.
 
@@ -67,6 +72,7 @@ class Masked(NamedTuple):
   n: jax.Array  # float32, the number of True entries
 
 
+@shapes.checked
 def masked_sum(x: jax.Array, where: jax.Array, axis=None) -> Masked:
   """Sum of x where a boolean holds, and the count of such entries.
 
@@ -86,6 +92,7 @@ def masked_sum(x: jax.Array, where: jax.Array, axis=None) -> Masked:
   )
 
 
+@shapes.checked
 def masked_mean(x: jax.Array, where: jax.Array, axis=None) -> Masked:
   """Mean of x where a boolean holds, and its denominator.
 

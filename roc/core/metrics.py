@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from roc.core import shapes
+
 
 class Mean(NamedTuple):
   """A mean that has not been divided yet; a pytree, so it crosses `jit`."""
@@ -19,6 +21,7 @@ class Mean(NamedTuple):
   den: jax.Array  # float32 []
 
 
+@shapes.checked
 def mean(x: jax.Array, where: jax.Array | None = None) -> Mean:
   """The mean of x over the entries where a boolean holds, undivided.
 

@@ -17,6 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from roc.core import shapes
+
 _LN_2 = math.log(2.0)
 
 
@@ -63,6 +65,12 @@ def einsum(
   subscripts: str, dtype: jax.typing.DTypeLike, x: jax.Array, y: jax.Array
 ) -> jax.Array:
   """`product` for those who differentiate it themselves."""
+  x_axes, y_axes = subscripts.partition("->")[0].split(",")
+  shapes.require_axes(
+    f"products.einsum {subscripts}",
+    {"x": x, "y": y},
+    {"x": x_axes, "y": y_axes},
+  )
   f32 = jnp.float32
   x, y = rounded(x, dtype), rounded(y, dtype)
   times = lambda x, y: jnp.einsum(subscripts, x, y, preferred_element_type=f32)

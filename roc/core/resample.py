@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from roc import layout
+from roc.core import shapes
 
 MODES = ("sort", "inverse", "stratified", "balanced", "uniform", "none")
 RANDOM_MODES = ("inverse", "stratified", "balanced", "uniform")
@@ -70,6 +71,7 @@ class Kept(NamedTuple):
   is_filled_NG: jax.Array  # bool [N, G], False where the group kept fewer
 
 
+@shapes.checked
 def count_calls(tool_status_NOC: jax.Array) -> CallCounts:
   """Judged and failed tool calls of each rollout.
 
@@ -87,6 +89,7 @@ def count_calls(tool_status_NOC: jax.Array) -> CallCounts:
   )
 
 
+@shapes.checked
 def penalties(
   tool_status_NOC: jax.Array, n_answers_NO: jax.Array, n_turns_NO: jax.Array
 ) -> Penalties:
@@ -109,6 +112,7 @@ def penalties(
   return count_penalties(count_calls(tool_status_NOC), n_answers_NO, n_turns_NO)
 
 
+@shapes.checked
 def count_penalties(
   calls: CallCounts, n_answers_NO: jax.Array, n_turns_NO: jax.Array
 ) -> Penalties:
@@ -137,6 +141,7 @@ def count_penalties(
   return Penalties(p_err_NO, p_format_NO, p_err_NO + p_format_NO)
 
 
+@shapes.checked
 def quotas(
   mode: str,
   n_pos_N: jax.Array,
@@ -311,6 +316,7 @@ def _check(mode, key, n_rollouts, n_keep, min_pos, min_neg, eps) -> None:
     raise ValueError(f"resample: mode {mode!r} draws at random; pass a key.")
 
 
+@shapes.checked
 def resample(
   mode: str,
   key: jax.Array | None,
@@ -374,6 +380,7 @@ def resample(
   return is_eligible_NO & (n_eligible_N1 >= n_keep) & (rank_NO < quota_NO)
 
 
+@shapes.checked
 def take_kept(keep_NO: jax.Array, n_keep: int) -> Kept:
   """Kept rollouts as dense positions, for a train batch of fixed shape.
 

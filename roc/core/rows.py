@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from roc import layout
+from roc.core import shapes
 
 OVERLONG_KINDS = ("keep", "mask", "soft")
 
 
+@shapes.checked
 def is_eligible(outcome_NO: jax.Array) -> jax.Array:
   """Where a rollout belongs to its group: the environment did its part.
 
@@ -24,6 +26,7 @@ def is_eligible(outcome_NO: jax.Array) -> jax.Array:
   return outcome_NO != layout.Outcome.VOID
 
 
+@shapes.checked
 def has_reward_spread(reward_NO: jax.Array, keep_NO: jax.Array) -> jax.Array:
   """Groups whose rewards are not all equal: the others carry no signal.
 
@@ -44,6 +47,7 @@ def has_reward_spread(reward_NO: jax.Array, keep_NO: jax.Array) -> jax.Array:
   return top_N > low_N
 
 
+@shapes.checked
 def has_no_void_turn(has_void_turn_NO: jax.Array) -> jax.Array:
   """Rollouts in which every turn holds a complete call or an answer.
 
@@ -59,6 +63,7 @@ def has_no_void_turn(has_void_turn_NO: jax.Array) -> jax.Array:
   return ~has_void_turn_NO
 
 
+@shapes.checked
 def is_length_ok(kind: str, is_truncated_NO: jax.Array) -> jax.Array:
   """Rows that a truncation rule leaves in the loss.
 
@@ -86,6 +91,7 @@ def is_length_ok(kind: str, is_truncated_NO: jax.Array) -> jax.Array:
   return jnp.ones_like(is_truncated_NO)
 
 
+@shapes.checked
 def soft_overlong_penalty(
   length_NO: jax.Array, *, max_length: int, buffer: int
 ) -> jax.Array:

@@ -5,6 +5,7 @@ commit ecbfb94 (rstar2_agent/down_sample), run with numpy in place of torch.
 """
 
 import functools
+import inspect
 import json
 import pathlib
 
@@ -150,7 +151,7 @@ def test_p_format(answers, turns, expected):
 def test_penalties_depend_on_status_alone():
   # A result tag that the model writes itself is a MODEL token, never a call:
   # the penalties have no input through which text could reach them.
-  names = resample.penalties.__code__.co_varnames[:3]
+  names = tuple(inspect.signature(resample.penalties).parameters)
   assert names == ("tool_status_NOC", "n_answers_NO", "n_turns_NO")
 
 
