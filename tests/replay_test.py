@@ -41,7 +41,7 @@ NEEDS = replay.Needs(
   vocab_size=100,
   max_length=12,
   max_calls=2,
-  temperature=0.7,
+  temperature=1.0,
 )
 Role = layout.Role
 
@@ -56,7 +56,7 @@ def episode(step, place, rollout_id, **changes):
     group_index=9,
     rollout_id=rollout_id,
     step=step,
-    temperature=0.7,
+    temperature=1.0,
     n_turns=2,
     answers=["6"],
     tool_records=[
@@ -186,8 +186,8 @@ def test_identity_is_the_contents(tmp_path):
     ),
     ({"logprobs": [0.0] * 8}, "all log-probs are 0, so they were not recorded"),
     (
-      {"temperature": 1.0},
-      "drawn at temperature 1 and config.sampling.temperature is 0.7",
+      {"temperature": 0.7},
+      "drawn at temperature 0.7 and config.sampling.temperature is 1,",
     ),
     ({"temperature": None}, "does not say at which temperature it was drawn"),
     ({"place": 2**31}, "place 2147483648 is out of range"),
