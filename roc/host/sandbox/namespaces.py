@@ -108,6 +108,18 @@ def bare_fork(flags: int = 0) -> int:
   return _check(_syscall(number, basic | flags, 0, 0, *last), "clone")
 
 
+def fork_without_hooks() -> int:
+  """Forks by the C library, which renews its own locks; no hook of Python's.
+
+  A thread that Python has joined may still be on its way out in the C library
+  and hold a lock of it.
+
+  Raises:
+    OSError: the kernel refused.
+  """
+  return _check(_python.fork(), "fork")
+
+
 def fork() -> int:
   """`os.fork` without its warning that other threads exist.
 
@@ -115,7 +127,7 @@ def fork() -> int:
   """
   _python.PyOS_BeforeFork()
   try:
-    pid = bare_fork()
+    pid = fork_without_hooks()
   except OSError:
     _python.PyOS_AfterFork_Parent()
     raise

@@ -122,7 +122,7 @@ class _Reserve:
 def _fork() -> int:
   """Forks with as few hooks as may be."""
   if len(_frames()) == 1:
-    return namespaces.bare_fork()
+    return namespaces.fork_without_hooks()
   generator = _get_state()  # the hooks would seed it anew
   pid = namespaces.fork()
   if pid == 0:

@@ -15,9 +15,9 @@ def shown(result):
 
 def test_an_executor_that_is_not_shut_down_serves_the_next_cell(any_cell):
   first = any_cell(
-    "import time\nfrom concurrent.futures import ThreadPoolExecutor\n"
+    "import os, time\nfrom concurrent.futures import ThreadPoolExecutor\n"
     "pool = ThreadPoolExecutor(2)\n"
-    "def work(i): time.sleep(0.05); print(i); return i\n"
+    "def work(i): time.sleep(0.05); os.write(1, b'1\\n'); return i\n"
     "later = [pool.submit(work, i) for i in (1, 1, 1)]\nNone"
   )
   assert shown(first) == "1\n1\n1\n"  # the cell waits for what it has begun
