@@ -127,13 +127,12 @@ def in_a_process(
   """`run_side`, in a fresh interpreter."""
   command = [sys.executable, "-m", "benchmarks.load"]
   command += [f"--folder={folder}", f"--side={side}"]
-  flag = f"--xla_force_host_platform_device_count={n_devices}"
   found = subprocess.run(
     command,
     check=True,
     stdout=subprocess.PIPE,
     text=True,
-    env={**os.environ, **({"XLA_FLAGS": flag} if n_devices > 1 else {})},
+    env=os.environ | {"JAX_NUM_CPU_DEVICES": str(n_devices)},
   )
   return json.loads(found.stdout.splitlines()[-1])
 

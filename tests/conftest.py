@@ -7,6 +7,8 @@ import tempfile
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   # What one worker compiled, the others and their children find.
+  # XLA_FLAGS and the processor are part of what it is found by, so programs
+  # for other instructions do not get mixed up.
   cache = tempfile.mkdtemp(prefix="roc_tests_xla_")
   atexit.register(shutil.rmtree, cache, ignore_errors=True)
   os.environ |= {

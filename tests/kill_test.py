@@ -205,7 +205,6 @@ def test_killed_once(env, tmp_path):
   assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.bits
 @pytest.mark.slow
 def test_adapters_killed(env, supervised, tmp_path):
   """Adapters alone are saved; the base is found again."""

@@ -403,7 +403,6 @@ def ran(tmp_path_factory):
   return path
 
 
-@pytest.mark.bits
 @pytest.mark.slow
 def test_replay_of_a_run_is_that_run(ran, tmp_path):
   """What was drawn is all that sampling gives to an update."""

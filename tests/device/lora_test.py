@@ -57,7 +57,6 @@ def projected(policy, params, name, h_BTD):
   return np.asarray(getattr(first, name)(h_BTD))
 
 
-@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fresh_adapters_change_no_bit(
