@@ -171,7 +171,7 @@ def _near_list(found: Any, bare: str) -> Iterator[Variant]:
     members = list(getattr(found, "_unsorted_args", found.args))
   else:
     return
-  start, end = ("(", ")") if bare[0] == "(" else ("", "")
+  start, end = ("(", ")") if answers.is_tuple(bare) else ("", "")
   listed = lambda parts: start + ", ".join(map(str, parts)) + end
   if start and members[0] != members[1]:
     swapped = [members[1], members[0], *members[2:]]

@@ -499,6 +499,11 @@ def _depth(text: str) -> int:
   return max(deepest, text.count("|") // 2)
 
 
+def is_tuple(text: str) -> bool:
+  """Whether one pair of round brackets holds a whole list."""
+  return _outer(text) == "("
+
+
 def _outer(text: str) -> str:
   """`(` or `[` or `{` of the brackets around a whole list, else nothing."""
   text = text.replace("\\{", "{").replace("\\}", "}")
