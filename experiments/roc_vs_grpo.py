@@ -25,6 +25,9 @@ Result: not yet run with all arms (docs/results.md).
 
 Command:
   make compare
+which is
+  python -m roc.main compare --config=experiments/roc_vs_grpo.py \
+    --workdir=runs/comparison
 
 `--config=experiments/roc_vs_grpo.py:tiny` runs the same road in seconds.
 """

@@ -99,7 +99,8 @@ def _groups(path: pathlib.Path) -> list[list[Trace]]:
     except jsonl.JsonlError:
       continue
     if isinstance(trace, dict):
-      groups.setdefault(trace.get("place"), []).append(trace)
+      place = trace.get("place", trace.get("task_index"))
+      groups.setdefault(place, []).append(trace)
   return list(groups.values())
 
 

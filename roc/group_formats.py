@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from roc import errors, jsonl, layout
+from roc.host import episode
 
 _MAX_INT = 2**31 - 1
 _FAILED = {s.name.lower() for s in layout.FAILED_STATUSES}
@@ -110,6 +111,7 @@ def _short(value: Any) -> str:
 
 def _trace(row: Any) -> Parsed:
   """A line of `Episode.to_json`; only what the filter needs is looked at."""
+  row = episode.with_later_fields(row)
   statuses = []
   for record in _list(row, "tool_records"):
     status = _field(record, "status")

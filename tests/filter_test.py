@@ -91,6 +91,19 @@ def make_episode(rng, place, rollout_id, at_step=3):
   return e
 
 
+def test_traces_of_earlier_versions_are_grouped_by_row(tmp_path):
+  lines = []
+  for o in range(2):
+    row = json.loads(make_episode(random.Random(o), 0, o).to_json())
+    row["task_index"] = 41
+    del row["place"], row["drawn_by"]
+    lines.append(json.dumps(row))
+  path = tmp_path / "step_000003.jsonl"
+  path.write_text("\n".join(lines))
+  (group,) = groups.read([path]).groups
+  assert group.name == "3:41"
+
+
 def _members(read, name):
   """Places of a group's rollouts, by id."""
   n = [g.name for g in read.groups].index(name)

@@ -319,7 +319,7 @@ class Episode:
       ValueError: no JSON object, a missing or malformed field, or lists whose
         lengths differ.
     """
-    row = jsonl.parse(line, where).fields
+    row = with_later_fields(jsonl.parse(line, where).fields)
     values = {}
     for field in dataclasses.fields(cls):
       if field.name not in row:
@@ -337,6 +337,20 @@ class Episode:
         f"{where}: token_ids, roles and logprobs must be equally long"
       )
     return episode
+
+
+def with_later_fields(row: dict[str, Any]) -> dict[str, Any]:
+  """A trace's fields, with those that earlier versions did not write.
+
+  A problem was then known by its row, and evaluations by their step.
+  """
+  is_evaluation = row.get("step") == 2**31 - 1
+  return {
+    "place": row.get("task_index"),
+    "drawn_by": "evaluate" if is_evaluation else "train",
+    "temperature": None,
+    "void_reason": None,
+  } | row
 
 
 def void_shares(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:

@@ -209,6 +209,18 @@ def test_files_are_read_in_order_and_errors_are_clear(chat, tmp_path):
     list(episode.read_episodes(tmp_path / "none"))
 
 
+def test_traces_of_earlier_versions_are_read(chat):
+  """They know a problem by its row and an evaluation by its step."""
+  done = dataclasses.replace(_finished(chat), task_index=7, step=3)
+  row = json.loads(done.to_json())
+  for name in ("place", "drawn_by", "temperature", "void_reason"):
+    del row[name]
+  read = episode.Episode.from_json(json.dumps(row))
+  assert (read.place, read.drawn_by, read.temperature) == (7, "train", None)
+  evaluated = episode.Episode.from_json(json.dumps(row | {"step": 2**31 - 1}))
+  assert evaluated.drawn_by == "evaluate"
+
+
 def test_it_is_judged_once_it_has_ended(chat):
   verdict = rewards.Verdict(True, "correct", "7", 1)
   running = episode.Episode(gold="7")

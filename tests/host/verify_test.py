@@ -57,8 +57,12 @@ def test_the_documented_policy(table, gold, answer, is_equal):
 
 
 def examples():
-  """The lines `gold | answer | yes or no` of tests/golden/answers.txt."""
-  lines = (ROOT / "tests" / "golden" / "answers.txt").read_text().splitlines()
+  """The lines `gold | answer | yes or no` of golden/verify/answers.txt."""
+  lines = (
+    (ROOT / "tests" / "golden" / "verify" / "answers.txt")
+    .read_text()
+    .splitlines()
+  )
   found = [line.rsplit(" | ", 2) for line in lines if line and line[0] != "#"]
   return [(gold, answer, equal == "yes") for gold, answer, equal in found]
 
