@@ -117,9 +117,9 @@ def test_any_name_may_be_a_variable_and_any_text_content(as_json, run):
   row = '{"messages": [{"role": "user", "content": "\\ud800 \\ufdd0 x"}], '
   row = (row + '"self": 1, "template": "x"}').encode("utf-8-sig")
   (found,) = as_json("render", "--model", TINY, text=row)
-  assert found["text"] == "<|im_start|>user\n\ud800 \ufdd0 x<|im_end|>\n"
+  assert found["text"] == "<|im_start|>user\n\ufffd \ufdd0 x<|im_end|>\n"
   code, out, _ = run("render", "--model", TINY, text=row)
-  assert code == 0 and "user\n\\ud800 \ufdd0 x" in out
+  assert code == 0 and "user\n\ufffd \ufdd0 x" in out
 
 
 def test_render_for_people_and_with_another_template(run):

@@ -776,6 +776,43 @@ def test_eight_devices_train_alike(ran, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_terms_on_eight_devices(tmp_path):
+  """The same rollouts teach a mesh what they teach one device."""
+  changes = {
+    "train.steps": 2,
+    "train.minibatches": 2,
+    "train.microbatch_rows": 4,
+    "loss.old_logprobs": "recompute",
+    "loss.kl_coef": 0.1,
+    "lora.rank": 2,
+    "model.n_layers": 1,
+    "model.n_kv_heads": 2,
+    "eval.head": False,
+  }
+  train.run(settings(**changes), tmp_path / "one")
+  changes |= {"train.replay": str(tmp_path / "one" / "rollouts")}
+  changes |= {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+  train.run(settings(**changes), tmp_path / "eight")
+  got, want = rows_of(tmp_path / "eight"), rows_of(tmp_path / "one")
+  for row, other in zip(got[1:], want[1:], strict=True):
+    assert row["grad_norm"] > 0 and row["updates_skipped"] == 0
+    same = {k: v for k, v in other.items() if "sandbox/" not in k}
+    row = {k: v for k, v in row.items() if k in same}
+    assert row == pytest.approx(same, rel=1e-4, abs=1e-6)
+  one, eight = (leaves_of(tmp_path / name) for name in ("one", "eight"))
+  for name, x in eight.items():
+    np.testing.assert_allclose(x, one[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def leaves_of(workdir):
+  """Adapters of the newest checkpoint, by name, from their record."""
+  cfg = config.from_json((workdir / "config.json").read_text())
+  params = final_state(cfg, workdir).state.params
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  return {jax.tree_util.keystr(path): np.asarray(x) for path, x in paths}
+
+
+@pytest.mark.slow
 def test_longer_buckets_change_nothing_but_last_bits(ran, tmp_path):
   cfg = settings(
     **{"init_from": str(ran.sft), "train.buckets": (256,), "train.steps": 1}
