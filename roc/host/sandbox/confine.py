@@ -27,6 +27,8 @@ class Confinement:
     plan: the wish.
     root: the sandbox's directory.
     library_dirs: where the interpreter's modules lie.
+    guarded: processes and groups that a call must not signal, for plans under
+      which it could.
     ask_for_maps: called inside a new user namespace; returns when a process
       outside has written its id maps.
 
@@ -39,6 +41,7 @@ class Confinement:
     plan: plan_lib.Plan,
     root: str,
     library_dirs: list[str],
+    guarded: list[int],
     ask_for_maps: Callable[[], None],
   ):
     self.plan = plan
@@ -51,6 +54,7 @@ class Confinement:
       self._filter = seccomp.Filter.prepare(
         may_change_metadata=self._may_change_metadata,
         landlock_abi=plan.landlock_abi,
+        guarded=() if plan.confines_signals else (*guarded, os.getpid()),
       )
     if plan.landlock_abi:
       # A virtual environment's interpreter finds its modules by this file.

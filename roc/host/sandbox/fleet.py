@@ -101,6 +101,7 @@ class Fleet:
     self._events = events
     self._on_setup_failure = on_setup_failure
     self._n_tasks = linux.tasks_of_user()
+    self._guarded = _ancestry()
     self._turn = 0
     # Reaped while a template's answer was due, which may name them yet.
     self._gone: set[int] = set()
@@ -185,6 +186,7 @@ class Fleet:
       "root": self._root,
       "library_dirs": self.library_dirs,
       "supervisor": os.getpid(),
+      "guarded": [*self._guarded, *(i.pid for i in self.images.values())],
       "n_tasks": self._n_tasks,
     }
     ours.setblocking(False)
@@ -365,6 +367,16 @@ class Fleet:
     if any(image.unnamed for image in self.images.values()):
       self._gone.add(pid)
     return False
+
+
+def _ancestry() -> list[int]:
+  """Returns supervisor, keeper and trainer, and their process groups.
+
+  With any of these other calls would end than the one that signals it.
+  """
+  supervisor, keeper = os.getpid(), os.getppid()
+  pids = [supervisor, keeper, linux.parent(keeper)]
+  return sorted({*pids, *(os.getpgid(pid) for pid in pids if pid)} - {0})
 
 
 def _load_when_told(

@@ -30,6 +30,8 @@ _ALWAYS_DENIED = """
   ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271,
   process_madvise 440 440, process_mrelease 448 448, kcmp 312 272,
   pidfd_getfd 438 438, migrate_pages 256 238, move_pages 279 239,
+  # It takes a directory of /proc for a pidfd, that of any process.
+  pidfd_send_signal 424 424,
   # Mounts and namespaces; clone's flags are looked at below.
   mount 165 40, umount2 166 39, pivot_root 155 41, move_mount 429 429,
   open_tree 428 428, open_tree_attr 467 467, fsopen 430 430, fsconfig 431 431,
@@ -51,6 +53,8 @@ _ALWAYS_DENIED = """
   syslog 103 116, settimeofday 164 170, clock_settime 227 112,
   clock_adjtime 305 266, adjtimex 159 171, sethostname 170 161,
   setdomainname 171 162, vhangup 153 58,
+  # Rules without end: kernel memory that nobody counts.
+  landlock_create_ruleset 444 444, landlock_add_rule 445 445,
   # Objects that outlive the call, outside its files and uncounted.
   shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, semop 65 193,
   semtimedop 220 192, semctl 66 191, msgget 68 186, msgsnd 69 189,
@@ -80,8 +84,11 @@ _EVERYONE = 0xFFFFFFFF  # pid -1
 _RLIMIT_LOCKS = 10
 _AF_UNIX = 1
 _SOCK_KIND, _SOCK_STREAM, _SOCK_SEQPACKET = 0xF, 1, 5
+_SO_SNDBUF, _SO_SNDBUFFORCE = 7, 32
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETPIPE_SZ = 8, 10, 15, 1031
 _O_TRUNC, _O_ACCMODE = 0x200, 0x3
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+_FIOSETOWN, _SIOCSPGRP = 0x8901, 0x8902
 _METADATA_IOCTLS = (
   0x40086602,  # FS_IOC_SETFLAGS
   0x40087602,  # FS_IOC_SETVERSION
@@ -127,9 +134,10 @@ class _Rule:
 
 
 def _argument_rules(
-  may_change_metadata: bool, landlock_abi: int
+  may_change_metadata: bool, landlock_abi: int, guarded: tuple[int, ...]
 ) -> list[tuple[str, _Rule]]:
   """Rules for the calls that only some arguments make harmful."""
+  groups = tuple(-pid & 0xFFFFFFFF for pid in guarded)
 
   def only(argument: int, *values: int, mask: int = 0xFFFFFFFF) -> _Check:
     return _Check(argument, values, mask=mask)
@@ -141,7 +149,7 @@ def _argument_rules(
     return _Rule(errno.EPERM, checks)
 
   on_itself = refuse(only(0, 0))  # the pid
-  ioctls = (_TIOCSTI, _TIOCLINUX)
+  ioctls = (_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP)
   if not may_change_metadata:
     ioctls += _METADATA_IOCTLS
   rules = [
@@ -156,6 +164,14 @@ def _argument_rules(
         only(1, _SOCK_STREAM, _SOCK_SEQPACKET, mask=_SOCK_KIND),
       ),
     ),
+    # What waits in pipes and sockets is memory that no limit counts: as they
+    # are made they hold little.
+    ("setsockopt 54 208", refuse(never(2, _SO_SNDBUF, _SO_SNDBUFFORCE))),
+    # And whoever owns a descriptor is sent signals, whatever process it is.
+    (
+      "fcntl 72 25",
+      refuse(never(1, _F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETPIPE_SZ)),
+    ),
     # Limits and priorities of others: the trainer's could be ruined.
     # The limit on file locks is the mark of a call, see `linux`.
     ("prlimit64 302 261", refuse(only(0, 0), never(1, _RLIMIT_LOCKS))),
@@ -167,8 +183,16 @@ def _argument_rules(
     ),
     ("setpriority 141 140", refuse(only(0, 0), only(1, 0))),
     ("ioprio_set 251 30", refuse(only(0, 1), only(1, 0))),
-    ("kill 62 129", refuse(never(0, _EVERYONE))),
+    ("kill 62 129", refuse(never(0, _EVERYONE, *guarded, *groups))),
   ]
+  if guarded:
+    rules += [
+      ("tkill 200 130, rt_sigqueueinfo 129 138", refuse(never(0, *guarded))),
+      (
+        "tgkill 234 131, rt_tgsigqueueinfo 297 240",
+        refuse(never(0, *guarded), never(1, *guarded)),
+      ),
+    ]
   if 1 <= landlock_abi < 3:
     # Truncation is no right of its own yet. What opens a file for reading (or,
     # as mode 3, for neither) while it empties it looks like a plain read.
@@ -197,12 +221,15 @@ def _numbers(table: str, machine: str) -> list[int]:
 
 
 def _rules(
-  machine: str, may_change_metadata: bool, landlock_abi: int
+  machine: str,
+  may_change_metadata: bool,
+  landlock_abi: int,
+  guarded: tuple[int, ...],
 ) -> dict[int, _Rule]:
   tables = [
     (_ALWAYS_DENIED, _Rule(errno.EPERM)),
     (_ALWAYS_ABSENT, _Rule(errno.ENOSYS)),
-    *_argument_rules(may_change_metadata, landlock_abi),
+    *_argument_rules(may_change_metadata, landlock_abi, guarded),
   ]
   if not may_change_metadata:
     tables.append((_METADATA, _Rule(errno.EPERM)))
@@ -246,7 +273,11 @@ def _search(runs: list[tuple[int, _Rule | None]]) -> list[_Instruction]:
 
 
 def build(
-  machine: str, *, may_change_metadata: bool, landlock_abi: int
+  machine: str,
+  *,
+  may_change_metadata: bool,
+  landlock_abi: int,
+  guarded: tuple[int, ...] = (),
 ) -> bytes:
   """Returns the filter as the kernel wants it: packed struct sock_filter.
 
@@ -261,6 +292,7 @@ def build(
       but the scratch directory True is harmless.
     landlock_abi: of the Landlock rules that will hold beside the filter, 0 for
       none. Of 1 and 2, which know no truncation, the filter takes that over.
+    guarded: processes, and process groups, that are not to be signalled.
 
   Returns:
     Eight bytes per instruction, little-endian.
@@ -271,7 +303,7 @@ def build(
   if machine not in _MACHINES:
     raise ValueError(f"machine={machine!r} is none of {_MACHINES}")
   arch = _AUDIT_ARCHES[_MACHINES.index(machine)]
-  rules = _rules(machine, may_change_metadata, landlock_abi)
+  rules = _rules(machine, may_change_metadata, landlock_abi, guarded)
   runs: list[tuple[int, _Rule | None]] = [(0, rules.get(0))]
   for number in range(1, _LAST_KNOWN + 1):
     if rules.get(number) != runs[-1][1]:
@@ -322,7 +354,12 @@ class Filter:
     self._call = _seccomp_call(ctypes.addressof(self._program))
 
   @classmethod
-  def prepare(cls, may_change_metadata: bool, landlock_abi: int) -> "Filter":
+  def prepare(
+    cls,
+    may_change_metadata: bool,
+    landlock_abi: int,
+    guarded: tuple[int, ...] = (),
+  ) -> "Filter":
     """Builds the filter for this machine; arguments as for `build`.
 
     Raises:
@@ -333,6 +370,7 @@ class Filter:
         os.uname().machine,
         may_change_metadata=may_change_metadata,
         landlock_abi=landlock_abi,
+        guarded=guarded,
       )
     )
 

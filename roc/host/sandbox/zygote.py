@@ -88,7 +88,7 @@ def serve(
       INIT is process 1 of the pid namespace that PID was born into, SPARE that
       of the next one; 0 for none. A child that cannot be prepared says `failed
       ID REASON` itself.
-    setup: `plan`, `root`, `library_dirs`, `supervisor`, `n_tasks`.
+    setup: `plan`, `root`, `library_dirs`, `supervisor`, `guarded`, `n_tasks`.
     base_bytes: address space before a program adds to it.
     lifeline_fd: ends when the supervisor is dead.
 
@@ -111,7 +111,11 @@ def serve(
     linux.show_memory()  # to whoever writes its id maps
   try:
     confinement = confine.Confinement(
-      plan, setup["root"], setup["library_dirs"], ask_for_maps
+      plan,
+      setup["root"],
+      setup["library_dirs"],
+      setup["guarded"],
+      ask_for_maps,
     )
     if plan.namespaces:
       nursery = namespaces.Nursery(plan.namespaces == "direct", lifeline_fd)

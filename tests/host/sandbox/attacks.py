@@ -143,19 +143,32 @@ _WRITES = {
 }
 _SIGNALS = {
   "signal": "os.kill(pid, signal.SIGUSR1)",
-  "signal by descriptor": (
-    "signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGUSR1)"
-  ),
   "signal a thread": "call(t['tgkill'], pid, pid, signal.SIGUSR1)",
   "signal a group": "os.killpg(pid, signal.SIGUSR1)",
   "signal with a value": (
     "info = (ctypes.c_int * 32)(signal.SIGUSR1, 0, -1)\n"
     "call(t['sigqueue'], pid, signal.SIGUSR1, info)"
   ),
+}
+_ROUNDABOUT_SIGNALS = {
+  "signal by descriptor": (
+    "signal.pidfd_send_signal(os.pidfd_open(pid), signal.SIGUSR1)"
+  ),
+  "signal by directory": (
+    "at = os.open(f'/proc/{pid}', os.O_RDONLY)\n"
+    "signal.pidfd_send_signal(at, signal.SIGUSR1)"
+  ),
   "signal by input": (
     "a, b = socket.socketpair()\n"
     "fcntl.fcntl(a, fcntl.F_SETOWN, pid)\n"
     "fcntl.fcntl(a, 10, signal.SIGUSR1)\n"  # F_SETSIG
+    "fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)\n"
+    "b.send(b'x')"
+  ),
+  "signal by an owner's control": (
+    "a, b = socket.socketpair()\n"
+    "fcntl.ioctl(a, 0x8901, struct.pack('i', pid))\n"  # FIOSETOWN
+    "fcntl.fcntl(a, 10, signal.SIGUSR1)\n"
     "fcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)\n"
     "b.send(b'x')"
   ),
@@ -235,6 +248,7 @@ ATTACKS = [
   *_all("confined", _READS),
   *_all("confined", _WRITES),
   *_all("confined", _SIGNALS, counts="signals"),
+  *_all("filtered", _ROUNDABOUT_SIGNALS, counts="signals"),
   *_all("filtered", _NETWORK, counts="connections"),
   *_all("filtered", _METADATA),
   *_all("filtered", _SOCKETS),

@@ -60,6 +60,11 @@ NUMBERS = {
     "keyctl": 250,
     "shmget": 29,
     "mknodat": 259,
+    "fcntl": 72,
+    "setsockopt": 54,
+    "tkill": 200,
+    "tgkill": 234,
+    "rt_sigqueueinfo": 129,
   },
   "aarch64": {
     "read": 63,
@@ -95,6 +100,11 @@ NUMBERS = {
     "keyctl": 219,
     "shmget": 194,
     "mknodat": 33,
+    "fcntl": 25,
+    "setsockopt": 208,
+    "tkill": 130,
+    "tgkill": 131,
+    "rt_sigqueueinfo": 138,
   },
 }
 for table in NUMBERS.values():  # the same everywhere
@@ -223,6 +233,18 @@ TCGETS, TIOCSTI, TIOCLINUX, SETFLAGS = 0x5401, 0x5412, 0x541C, 0x40086602
     ("ioprio_set", (1, 0), True),
     ("ioprio_set", (3, 0), False),
     ("ioprio_set", (1, 4321), False),
+    ("fcntl", (0, 3), True),
+    ("fcntl", (0, 4, 0x800), True),
+    ("fcntl", (0, 8, 4321), False),
+    ("fcntl", (0, 10, 9), False),
+    ("fcntl", (0, 15, 0), False),
+    ("fcntl", (1, 1031, 1 << 20), False),
+    ("ioctl", (0, 0x8901), False),
+    ("ioctl", (0, 0x8902), False),
+    ("setsockopt", (0, 1, 2), True),
+    ("setsockopt", (0, 1, 7), False),
+    ("setsockopt", (0, 1, 32), False),
+    ("tgkill", (4321, 4321, 9), True),
     ("kill", (4321, 9), True),
     ("kill", (0, 15), True),
     ("kill", (-1, 9), False),
@@ -232,6 +254,23 @@ TCGETS, TIOCSTI, TIOCLINUX, SETFLAGS = 0x5401, 0x5412, 0x541C, 0x40086602
 def test_arguments_decide(machine, name, arguments, is_allowed):
   expected = ALLOWED if is_allowed else errno.EPERM
   assert ask(machine, name, *arguments) == expected
+
+
+def test_what_is_guarded_is_sent_no_signal(machine):
+  def asked(name, *arguments):
+    program = seccomp.build(
+      machine, may_change_metadata=True, landlock_abi=0, guarded=(4321, 77)
+    )
+    return run(program, ARCH[machine], NUMBERS[machine][name], arguments)
+
+  for pid in (4321, 77):
+    refused = [asked("kill", pid), asked("kill", -pid), asked("tkill", pid)]
+    refused += [asked("tgkill", pid, pid), asked("tgkill", 5, pid)]
+    refused += [asked("rt_sigqueueinfo", pid), asked("kill", -1)]
+    assert set(refused) == {errno.EPERM}
+  passed = [asked("kill", 0), asked("kill", 5), asked("kill", -5)]
+  passed += [asked("tkill", 5), asked("tgkill", 5, 6)]
+  assert set(passed) == {ALLOWED}
 
 
 @pytest.mark.parametrize(
@@ -284,12 +323,17 @@ def test_foreign_numbers_seem_absent(machine):
 
 def test_the_search_finds_every_rule(machine):
   """Binary search against the plain table, for all numbers."""
-  for may_change, abi in ((True, 0), (False, 1), (False, 7)):
+  some = tuple(range(4000, 4010))
+  cases = ((True, 0, ()), (False, 1, ()), (False, 1, some), (False, 7, some))
+  for may_change, abi, guarded in cases:
     program = seccomp.build(
-      machine, may_change_metadata=may_change, landlock_abi=abi
+      machine,
+      may_change_metadata=may_change,
+      landlock_abi=abi,
+      guarded=guarded,
     )
     assert len(program) // 8 < 1000
-    rules = seccomp._rules(machine, may_change, abi)
+    rules = seccomp._rules(machine, may_change, abi, guarded)
     for number in range(seccomp._LAST_KNOWN + 1):
       rule = rules.get(number)
       if rule is None:
@@ -303,7 +347,7 @@ def table_entries():
     entry
     for table in (
       *TABLES,
-      *(names for names, _ in seccomp._argument_rules(False, 1)),
+      *(names for names, _ in seccomp._argument_rules(False, 1, (1,))),
     )
     for line in table.splitlines()
     if "#" not in line

@@ -5,6 +5,7 @@ Other machines are played by processes with less: another user, fewer
 capabilities, a filter like that of a container.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -25,7 +26,12 @@ from tests.host.sandbox import attacks, victims
 ROOT = pathlib.Path(__file__).parents[3]
 ATTACKS_FILE = pathlib.Path(attacks.__file__)
 BY_NAME = {a.name: a for a in attacks.ATTACKS}
-SIGNALS = {a.name for a in attacks.ATTACKS if a.counts == "signals"}
+# That not the filter stops.
+SIGNALS = {
+  a.name
+  for a in attacks.ATTACKS
+  if a.counts == "signals" and a.tier == "confined"
+}
 needs_root = pytest.mark.skipif(
   os.getuid() != 0, reason="only root can play another machine"
 )
@@ -305,6 +311,77 @@ def test_the_memory_of_the_trainer_is_closed_to_an_ordinary_user_at_t1():
   n_pids, *opened = play_program("nobody", ["-c", MEMORY])
   assert n_pids >= 6
   assert opened == ["[] /proc/self/mem\n"] * 2, opened
+
+
+SIGNALLED = """
+import json, os
+from roc.host import sandbox
+from roc.host.sandbox import linux
+code = '''
+import ctypes, json, os, signal
+libc = ctypes.CDLL(None)
+number = {"x86_64": (62, 200, 234), "aarch64": (129, 130, 131)}
+kill, tkill, tgkill = number[os.uname().machine]
+for pid in json.loads(input()):
+  for n in (19, 15, 9):
+    for how in (kill, pid), (kill, -pid), (tkill, pid), (tgkill, pid, pid):
+      if not libc.syscall(*how, n): print("through", how)
+'''
+with sandbox.Sandbox(n_workers=1, tier="filtered") as box:
+  box.run("import numpy")
+  keeper, supervisor = box._link.keeper_pid, box.supervisor_pid
+  pids = [os.getpid(), keeper, supervisor, *linux.children(supervisor)[:3]]
+  results = [
+    box.run(code, stdin=json.dumps(pids), tool=tool, trajectory="t")
+    for tool in ("python", "session")
+  ]
+  told = [r.status.name + r.stdout + r.stderr for r in results]
+  print(json.dumps([*told, box.stats()["restarts"]]))
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("user", ["root", "nobody"])
+def test_no_call_ends_what_runs_it_at_t1(user):
+  """Trainer, keeper, supervisor and templates, whose end others would pay."""
+  assert play_program(user, ["-c", SIGNALLED]) == ["OK", "OK", 0]
+
+
+# Descriptors that are under way are counted for all of a user.
+UNDER_WAY = """
+import json
+from roc.host import sandbox
+code = '''
+import array, resource, socket
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+kept = []
+try:
+  while True:
+    a, b = socket.socketpair()
+    kept += a, b
+    a.setblocking(False)
+    fds = array.array("i", [a.fileno()] * 250)
+    try:
+      while True: a.sendmsg([b"x"], [(1, 1, fds)])
+    except BlockingIOError: pass
+except OSError as error: print(error.errno)
+'''
+limits = sandbox.Limits(wall_s=10, cpu_s=10)
+with sandbox.Sandbox(n_workers=1, max_sessions=8, tier="confined") as box:
+  cell = dict(tool="session", limits=limits)
+  results = [box.run(code, trajectory="a", **cell)]
+  results += [box.run("print(1)") for _ in "12"]
+  results += [box.run("print(1)", trajectory=t, **cell) for t in "ab"]
+print(json.dumps([r.stdout + r.stderr for r in results]))
+"""
+
+
+@needs_root
+def test_descriptors_under_way_keep_nobody_from_passing_his():
+  number, *others = play_program("nobody", ["-c", UNDER_WAY])
+  assert number in (f"{errno.ETOOMANYREFS}\n", f"{errno.EMFILE}\n")
+  assert others == ["1\n"] * 4
 
 
 @needs_root
