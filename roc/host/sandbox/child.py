@@ -34,6 +34,7 @@ _exit = os._exit
 FAILED = b"failed"  # followed by the request's number and why
 CHANNEL_FD = 3  # of a session; a script has the three standard ones alone
 _OWN_TASKS = 48  # threads that a call may have beside its processes
+_MOST_FILES = 512  # that any cell of a session may open, or its first one's
 _SPARE_TASKS = 1024  # the same where the kernel counts the whole user
 _KINDS = (
   resource.RLIMIT_CORE,
@@ -236,6 +237,9 @@ def _set_limits(
       soft, hard = min(soft, ceiling), min(hard, ceiling)
     if is_soft:
       hard = resource.getrlimit(kind)[1]  # a cell may have lowered it
+      if kind == resource.RLIMIT_NOFILE:
+        most = max(soft, _MOST_FILES)
+        hard = most if hard == resource.RLIM_INFINITY else min(hard, most)
       soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
     resource.setrlimit(kind, (soft, hard))
 

@@ -6,8 +6,10 @@ program runs, so `os.write` cannot reach it. A pipe holds no megabytes that
 nobody may ever read; a file in memory does, so stdin comes in one too.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import mmap
 import os
 import tempfile
@@ -17,6 +19,7 @@ _CODE_AT = mmap.PAGESIZE
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 _SHARED = mmap.MAP_SHARED
 _FAILED = ctypes.c_void_p(-1).value
+_FIXED_SIZE = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -30,9 +33,13 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def memory_file(name: str, *parts: bytes) -> int:
-  """Returns a descriptor of a new file in memory that holds `parts`."""
+  """Returns a descriptor of a new file in memory that holds `parts`.
+
+  Its size is fixed: programs get such files, and what they could add to one
+  would be memory that no limit counts.
+  """
   if hasattr(os, "memfd_create"):
-    fd = os.memfd_create(name)
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
   else:  # Python built against an old C library
     with tempfile.TemporaryFile() as f:
       fd = os.dup(f.fileno())
@@ -40,6 +47,8 @@ def memory_file(name: str, *parts: bytes) -> int:
     view = memoryview(part)
     while view:
       view = view[os.write(fd, view) :]
+  with contextlib.suppress(OSError):  # a file on disk knows no seals
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
   return fd
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 import traceback
@@ -162,6 +163,8 @@ class Running:
     hidden: paths of the host, and what the model reads in place of each.
     base_kb: resident size of what it was forked from.
     space_kb: address space of what it was forked from.
+    most_space_kb: address space that each process may have, where that is not
+      for the kernel to hold.
     tag: see `linux.set_tag`.
     uid: that it runs under; None for the trainer's.
     scratch: its directory on disk; "" where that is in memory.
@@ -182,6 +185,7 @@ class Running:
   hidden: Sequence[tuple[bytes, bytes]] = ()
   base_kb: int = 0
   space_kb: int = 0
+  most_space_kb: float = math.inf
   tag: int = 0
   uid: int | None = None
   scratch: str = ""
@@ -277,6 +281,8 @@ class Running:
     total_kb = limits.total_memory_mb << 10
     if self.memory.is_over(pids, self.space_kb, self.base_kb, total_kb):
       return layout.ToolStatus.MEMORY, "total"
+    if self.memory.largest_kb > self.most_space_kb:
+      return layout.ToolStatus.MEMORY, "process"
     if now >= self.next_disk_look:
       is_over = self.disk.look()
       if is_over:
@@ -295,6 +301,7 @@ class Running:
     A pipe holds what most calls say; those that say more, or wait, are read
     while they run. `kill` is called when more comes than the cap keeps.
     """
+    crash = layout.ToolStatus.CRASH, ""
     for name, stream in (("stdout", self.stdout), ("stderr", self.stderr)):
       if stream.is_watched or stream.is_closed:
         continue
@@ -306,7 +313,10 @@ class Running:
         if stream.is_over and not self.is_ended:
           kill((layout.ToolStatus.OUTPUT_LIMIT, name))
 
-      events.watch(stream.read_fd, read)
+      events.watch(
+        stream.read_fd,
+        lambda read=read: contain(read, lambda: kill(crash)),
+      )
 
   def stop_reading(self, events: loop.Loop) -> None:
     """Takes `read_output` back."""

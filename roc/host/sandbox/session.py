@@ -29,6 +29,7 @@ from roc.host.sandbox import (
   payload,
   repl,
   running,
+  script,
   watch,
   wire,
 )
@@ -37,6 +38,7 @@ _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size)
 LOST = "The session ended; its variables are gone.\n"
 FIRST_FILE = "<tool>"
+_HEADROOM_KB = script.HEADROOM_BYTES >> 9  # twice: bases are not quite equal
 _MOST_STRAYS = 256  # killed at a time
 _MAX_WAIT_STATUS = 0xFFFF
 
@@ -71,6 +73,7 @@ class Session:
     cell: what runs.
     waiting: cells to come.
     n_cells: cells that were started.
+    memory_mb: the largest that a cell was allowed.
     birth: number of its birth.
     settle_by: when it must have settled; 0.0 while it is idle or runs a cell,
       infinite before its processes are known.
@@ -100,6 +103,7 @@ class Session:
     default_factory=collections.deque
   )
   n_cells: int = 0
+  memory_mb: int = 0
   birth: int = 0
   settle_by: float = float("inf")
   settle_at: float = 0.0
@@ -126,6 +130,7 @@ class Session:
       OSError: nobody takes it.
     """
     self.n_cells += 1
+    self.memory_mb = max(self.memory_mb, cell.limits.memory_mb)
     for fd in (self.stdout_fd, self.stderr_fd):
       running.discard(fd)  # what earlier cells' leftovers said
     file = FIRST_FILE if self.n_cells == 1 else f"<tool {self.n_cells}>"
@@ -142,6 +147,7 @@ class Session:
       hidden=hidden,
       base_kb=self.base_kb,
       space_kb=self.space_kb,
+      most_space_kb=self.space_kb + (self.memory_mb << 10) + _HEADROOM_KB,
       tag=self.tag,
       scratch=self.scratch,
       init_pid=self.init_pid,

@@ -40,6 +40,9 @@ from roc.host.sandbox import (
 _SWEEP_S = 0.25
 _PATIENCE_S = 10.0  # for the last processes to be gone
 _FDS_PER_CALL = 16
+# The kernel lets nobody pass descriptors on while those under way of the whole
+# user are more than that. Calls, at 512 each, must not come so far.
+_SPARE_FDS = 1024
 _REAPED_PER_TURN = 64
 _MAX_FDS = 250  # what Linux sends at once
 
@@ -105,7 +108,7 @@ class Supervisor:
     self._n_sessions = int(config["n_sessions"])
     linux.offer_to_oom_killer()
     linux.lower_descriptor_limit(
-      256 + _FDS_PER_CALL * (self._n_workers + self._n_sessions)
+      _SPARE_FDS + _FDS_PER_CALL * (self._n_workers + self._n_sessions)
     )
     linux.adopt_orphans()
     linux.forbid_new_privileges()

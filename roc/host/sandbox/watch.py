@@ -56,7 +56,8 @@ class Memory:
   """The memory of one call's processes beyond what they were forked with."""
 
   def __init__(self):
-    self._exact: dict[int, tuple[int, dict[bytes, float]]] = {}
+    self._exact: dict[int, tuple[int, int, dict[bytes, float]]] = {}
+    self.largest_kb = 0  # address space of the largest, at the last look
 
   def is_over(
     self, pids: list[int], space_kb: int, base_kb: int, limit_kb: int
@@ -77,6 +78,7 @@ class Memory:
       limit_kb: for all together.
     """
     sizes = {pid: linux.memory_kb(pid) for pid in pids}
+    self.largest_kb = max((space for space, _ in sizes.values()), default=0)
     spaces = [
       # What was started by exec is far smaller than what it was forked from.
       s if 2 * s < space_kb else max(0, s - space_kb)
@@ -89,7 +91,7 @@ class Memory:
     try:
       for pid in [*(p for p in pids if p not in self._exact), *self._exact]:
         self._exact.pop(pid, None)  # to be the last in turn
-        self._exact[pid] = _private_kb(pid), _shared_kb(pid)
+        self._exact[pid] = *_private_kb(pid), _shared_kb(pid)
         if time.thread_time() > end:
           break
     except PermissionError:
@@ -97,18 +99,20 @@ class Memory:
       return sum(rough) > limit_kb
     shared: dict[bytes, float] = {}
     total = 0
-    for pid, (private_kb, mapped) in self._exact.items():
-      total += min(private_kb, sizes[pid][1])
+    for pid, (private_kb, swapped_kb, mapped) in self._exact.items():
+      total += min(private_kb, sizes[pid][1]) + swapped_kb
       shared.update(mapped)
     return total + sum(shared.values()) > limit_kb
 
 
-def _private_kb(pid: int) -> int:
-  """Memory that is no file's, each page shared out among its users."""
+def _private_kb(pid: int) -> tuple[int, int]:
+  """Memory that is no file's, each page shared out: resident and in swap."""
+  found = {b"Pss_Anon:": 0, b"SwapPss:": 0}
   for line in linux.read_memory_file(pid, "smaps_rollup").splitlines():
-    if line.startswith(b"Pss_Anon:"):
-      return int(line.split()[1])
-  return 0
+    words = line.split()
+    if words and words[0] in found:
+      found[words[0]] = int(words[1])
+  return found[b"Pss_Anon:"], found[b"SwapPss:"]
 
 
 def _shared_kb(pid: int) -> dict[bytes, float]:
