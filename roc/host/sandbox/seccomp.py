@@ -148,7 +148,6 @@ def _argument_rules(
   def refuse(*checks: _Check) -> _Rule:
     return _Rule(errno.EPERM, checks)
 
-  on_itself = refuse(only(0, 0))  # the pid
   ioctls = (_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP)
   if not may_change_metadata:
     ioctls += _METADATA_IOCTLS
@@ -179,7 +178,7 @@ def _argument_rules(
     (
       "sched_setaffinity 203 122, sched_setscheduler 144 119,"
       "sched_setparam 142 118, sched_setattr 314 274",
-      on_itself,
+      refuse(only(0, 0)),  # the pid: itself
     ),
     ("setpriority 141 140", refuse(only(0, 0), only(1, 0))),
     ("ioprio_set 251 30", refuse(only(0, 1), only(1, 0))),
