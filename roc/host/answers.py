@@ -52,6 +52,8 @@ _CHARACTERS = str.maketrans(
     "⅜": r"\frac{3}{8}",
     "⅝": r"\frac{5}{8}",
     "⅞": r"\frac{7}{8}",
+    "′": "'",
+    "’": "'",
     "\N{NO-BREAK SPACE}": " ",
     "\N{IDEOGRAPHIC SPACE}": " ",
     "\n": " ",
@@ -70,6 +72,24 @@ _RUNS = (
   ),
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_MAGNITUDE = {
+  "hundred": 2,
+  "thousand": 3,
+  "million": 6,
+  "billion": 9,
+  "trillion": 12,
+}
+_MAGNITUDES = "|".join(_MAGNITUDE)
+
+
+def _primes(found: re.Match) -> str:
+  return "'" * found[0].count("prime")
+
+
+def _primed(found: re.Match) -> str:
+  return f"{found[1]}_{10 - len(found[2])}"
+
+
 _REWRITES = tuple(
   (re.compile(pattern), replacement)
   for pattern, replacement in (
@@ -90,6 +110,22 @@ _REWRITES = tuple(
     (r"(?<!\\)\\!", ""),
     (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
     (r"\s+", " "),
+    (
+      rf"(?<=\d) ?({_MAGNITUDES})(?![A-Za-z])",
+      lambda m: f"\\times 10^{{{_MAGNITUDE[m[1]]}}}",
+    ),
+    (
+      rf"(?<=\d) ?\\text ?\{{ ?({_MAGNITUDES})(?![A-Za-z])([^{{}}]*)\}}",
+      lambda m: (
+        f"\\times 10^{{{_MAGNITUDE[m[1]]}}}"
+        + (f"\\text{{{m[2]}}}" if m[2].strip() else "")
+      ),
+    ),
+    (r"(?<=[\])]) ?U ?(?=[\[(])", r"\\cup "),
+    # The grammar drops primes: an index keeps the letter apart.
+    (r"\^ ?\{((?:\\prime ?)+)\}|\^ ?(\\prime)", _primes),
+    (r"(?<![A-Za-z_\\\d])([A-Za-z])('{1,3})(?![A-Za-z'])", _primed),
+    (r"(\d+|(?<![\\A-Za-z])[A-Za-z])!(?= ?\^)", r"(\1!)"),
     (r"\\frac ?(\\pi|[A-Za-z\d]) ?(\\pi|[A-Za-z\d])", r"\\frac{\1}{\2}"),
     (r"^ ?\\approx ", ""),
     (r"(\d*)\.\\overline\{(\d+)\}", lambda m: _repeating(m[1], m[2])),
@@ -108,7 +144,9 @@ _SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _IDLE_SPACE = re.compile(r"(?<!\d) | (?!\d)")  # not the one in `4 2`
 _TWO_NUMBERS = re.compile(r"(?<![\d.,_^])\d+(?:[.,]\d+)* (?=\d)")
 
-_MANY_SIGNS = re.compile(r"!{5}|(?:[-+] ?){6}")
+_MANY_SIGNS = re.compile(
+  r"!{5}|(?:[-+] ?){6}|(?:(?:\^|\*\*) ?(?:\d+|[A-Za-z]) ?){8}"
+)
 
 _RELATION = re.compile(
   r"[=<>]|\\(?:n?eq?|l(?:eq?|t)|g(?:eq?|t)|in)(?![A-Za-z])"
@@ -122,7 +160,7 @@ _NUMERIC_COMMANDS = re.compile(
 # problem was restated, not solved. Of calls as Python writes them, too.
 _UNDONE = re.compile(
   r"\\(?:(i+nt|oint)|(sum|prod|lim|gcd|lcm|max|min|det|operatorname)"
-  r"|[bp]?(mod)|l(floor|ceil))(?![A-Za-z])"
+  r"|[bp]?(mod)|l(floor|ceil))(?![A-Za-z])|\\begin\{(vmatrix)"
   r"|\\frac ?\{ ?(?:d|\\partial)[^{}]*\} ?\{ ?(?:d|\\partial) ?\\?[a-z]"
   r"|(?<![A-Za-z\\])(gcd|lcm|max|min|det|floor|ceil|sum|prod|mod|lim|int)"
   r"(?:ing|uct|it|egral|egrate|mation)?\(",
@@ -345,18 +383,19 @@ def _compare_quantities(
   a: units.Quantity, g: units.Quantity
 ) -> tuple[bool | None, list[tuple[str, str]]]:
   """Returns a decision, or None and the readings that are left to check."""
-  if a.unit and g.unit and a.unit != g.unit:
+  kinds = {a.unit, g.unit}
+  if len(kinds) == 2 and "" not in kinds and kinds != {"deg", "rad"}:
     return False, []
-  readings = [(g.bare, a.bare)]
+  readings = [] if kinds == {"deg", "rad"} else [(g.bare, a.bare)]
   if a.unit != g.unit:
     if a.unit == "%":
       readings.append((g.bare, _hundredth(a.bare)))
     if g.unit == "%":
       readings.append((_hundredth(g.bare), a.bare))
     # A number of degrees is never a rational number of radians.
-    if a.unit == "deg" and r"\pi" in g.bare:
+    if a.unit == "deg" and (r"\pi" in g.bare or g.unit == "rad"):
       readings.append((g.bare, _radians(a.bare)))
-    if g.unit == "deg" and r"\pi" in a.bare:
+    if g.unit == "deg" and (r"\pi" in a.bare or a.unit == "rad"):
       readings.append((_radians(g.bare), a.bare))
   left = []
   for gold, answer in readings:

@@ -26,14 +26,40 @@ _SPELLINGS = (
   "week",
   "month",
   "yr year",
-  "mph",
   "$ dollar usd",
   "cent ¢",
   "€ euro",
   "£",
   "% percent pct",
   "deg degree",
+  "rad radian",
+  "mi/h mph",
+  "newton",
+  "joule",
+  "watt",
+  "hertz",
+  "liter litre",
+  "milliliter millilitre",
+  "milligram",
+  "ton tonne",
+  "ounce",
+  "gallon",
+  "quart",
+  "pint",
+  "cup",
 )
+# Symbols that without a \text around them are products of letters: 2mg.
+_SYMBOLS = {
+  "n": "newton",
+  "j": "joule",
+  "w": "watt",
+  "hz": "hertz",
+  "l": "liter",
+  "ml": "milliliter",
+  "mg": "milligram",
+  "oz": "ounce",
+  "gal": "gallon",
+}
 _UNITS = {
   name + plural: spellings.split()[0]
   for spellings in _SPELLINGS
@@ -52,10 +78,19 @@ _LAST_WRAPPED = re.compile(
   + WRAPPED
   + r"(?P<power> ?\^ ?\{?[23]\}?)?$"
 )
-_NO_UNIT = re.compile(r"\d|^(?:and|or|if|when|for)\b")
+# Words that change the value, and a choice in brackets.
+_NO_UNIT = re.compile(
+  r"\d|\([a-z]\)|^(?:and|or|if|when|for|squared|cubed|times\s+\w)\b|^times$"
+  r"|\b(?:hundred|thousand|[mbt]r?illion|dozen)s?\b"
+  r"|\b(?:half|halves|thirds?|fourths?|fifths?|sixths?|sevenths?|eighths?"
+  r"|ninths?|tenths?|hundredths?|thousandths?)\b"
+  r"|\b(?:plus|minus|to|mod|modulo|over|divided|choose|factorial|negative|not"
+  r"|wrong|incorrect)\b"
+  r"|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)\b"
+)
 _LAST_WORDS = re.compile(
   r"^(?P<bare>.*(?:[\d})\].]|(?:\\pi|(?<![A-Za-z\\])[A-Za-z])(?= )))"
-  r" ?(?P<unit>[a-z¢][a-z. ]*)(?P<power>\^\{?[23]\}?)?$"
+  r" ?(?P<unit>[a-z¢][a-z. /]*)(?P<power>\^\{?[23]\}?)?$"
 )
 
 
@@ -91,7 +126,10 @@ def split(text: str) -> Quantity:
     if not words or _NO_UNIT.search(words):
       return Quantity(text, "")
     unit = _unit(words, found["power"])
-    if found["bare"][-1].isalpha() and unit is None:
+    is_word = found["bare"][-1].isalpha() or re.search(
+      WRAPPED + r" ?$", found["bare"]
+    )
+    if is_word and unit is None:
       return Quantity(text, "")  # words behind a letter may be anything
     # `50\% \text{ of them}`: the sign before unknown words is the unit.
     bare = found["bare"].strip()
@@ -99,19 +137,24 @@ def split(text: str) -> Quantity:
   if found := _LAST_WORDS.match(text):
     words = found["unit"].strip()
     unit = _unit(words, found["power"])
-    if unit is not None and len(words) > 1:
+    first = words.partition("/")[0].strip()
+    if unit is not None and len(first) > 1 and words not in _SYMBOLS:
       return Quantity(found["bare"].strip(), unit)
   return Quantity(text, "")
 
 
 def _unit(words: str, power: str | None) -> str | None:
-  """Canonical name of a unit; None for one that is not known."""
+  """Canonical name of a unit, of a quotient too; None if it is not known."""
+  over = re.fullmatch(r"(.+?)(?: ?/ ?| per )(.+)", words)
+  if over:
+    parts = _unit(over[1], None), _unit(over[2], power)
+    return "/".join(filter(None, parts)) if all(parts) else None
   square = re.match(r"(sq(?:uare)?\.?|cu(?:bic)?\.?) (.*)", words)
   if square:
     words = square[2]
     power = "2" if square[1].startswith("sq") else "3"
-  if words not in _UNITS:
+  name = _UNITS.get(words, _SYMBOLS.get(words))
+  if name is None:
     return None
-  name = _UNITS[words]
   exponent = re.sub(r"\D", "", power or "")
   return f"{name}^{exponent}" if name and exponent else name

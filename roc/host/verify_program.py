@@ -19,6 +19,7 @@ points: rational numbers drawn by the letters' names.
 
 import ast
 import collections
+import functools
 import hashlib
 import io
 import itertools
@@ -26,6 +27,7 @@ import json
 import logging
 import re
 import sys
+import types
 import typing
 
 import latex2sympy2_extended
@@ -51,7 +53,11 @@ _NORMALIZATION = latex2sympy2_extended.NormalizationConfig(
   equations=False,
 )
 _MAX_BITS = 2**21  # of a number that is computed exactly
+_MAX_FRACTION_BITS = 2**18  # the time to reduce one grows with their square
 _MAX_FACTORIAL = 10**5
+_MAX_PIECES = 16  # of two unions that are simplified
+_MAX_DEGREE = 8  # of an inequality that is solved
+_MAX_PRODUCT = 10**6  # bits of the factors of a binomial coefficient
 _MAX_PRECISION = 40_000  # bits of a number that is not rational
 _TOLERANCE: Any = sympy.Rational(1, 10**6)
 _MIN_POINTS = 2
@@ -86,7 +92,8 @@ def guard_parser() -> None:
   """Keeps the grammar from evaluating what it reads.
 
   sympy's evaluating parser takes numbers and names only, and a gcd stays one:
-  sympy makes 1 of that of two letters, as if they were indeterminates.
+  sympy makes 1 of that of two letters, as if they were indeterminates. A
+  binomial coefficient and the gamma function may be too large to be evaluated.
   """
   parse = sympy.parsing.sympy_parser.parse_expr
 
@@ -101,6 +108,12 @@ def guard_parser() -> None:
   def keep_gcd_lcm(self, name, args):
     return sympy.Function(name)(*args)
 
+  unevaluated: Any = types.ModuleType("sympy")
+  vars(unevaluated).update(vars(sympy))
+  for function in (sympy.binomial, sympy.gamma):
+    kept = functools.partial(function, evaluate=False)
+    setattr(unevaluated, function.__name__, kept)
+  setattr(grammar, "sympy", unevaluated)  # noqa: B010
   setattr(grammar._Latex2Sympy, "handle_gcd_lcm", keep_gcd_lcm)  # noqa: B010
 
 
@@ -132,7 +145,8 @@ def compare(gold_text: str, answer_text: str) -> dict[str, Any]:
   answer = parse(answer_text, is_complex)
   if answer is None:
     return not_equal("no mathematics")
-  if gold == answer:
+  is_list = isinstance(gold, sympy.FiniteSet)  # 1,1,2 and 1,2,2 are one set
+  if gold == answer and not is_list:
     return {"status": "ok", "is_equal": True, "reason": "same expression"}
   try:
     is_equal = are_equal(gold, answer)
@@ -165,7 +179,7 @@ def parse(text: str, is_complex: bool) -> Any:
       pass
   try:
     parsed = latex2sympy2_extended.latex2sympy(
-      expand_signs(text),
+      expand_signs(_OO.sub(r"\\infty ", text)),
       is_real=not is_complex,
       normalization_config=_NORMALIZATION,
     )
@@ -213,27 +227,29 @@ def split_list(text: str) -> list[str]:
   return members
 
 
+_OO = re.compile(r"(?<![A-Za-z\\])oo(?![A-Za-z])")
 _GREEK = (
   "alpha|beta|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|lamda|mu|nu|xi|rho"
   "|sigma|tau|upsilon|phi|chi|psi|omega"
 )
 _PRINTED = re.compile(
-  r"\*|(?<![A-Za-z\\])(?:sqrt|cbrt|root|exp|log|ln|sinh?|cosh?|tanh?|cot|sec|csc|a(?:rc)?sin"
+  r"\*|(?<![A-Za-z\\])(?:sqrt|cbrt|root|exp|log(?:2|10)?|ln|sinh?|cosh?|tanh?|cot|sec|csc|a(?:rc)?sin"
   r"|a(?:rc)?cos|a(?:rc)?tan|Abs|abs|factorial|binomial|comb|gcd|lcm|Max|max"
   r"|Min|min|floor|ceil|ceiling|Rational|Fraction|Interval|Union|Matrix"
-  r"|FiniteSet|Intersection|Complement|Eq|Ne|gamma|zeta|erf|LambertW)\b[.(]"
+  r"|array|float\d+|int\d+|FiniteSet|Intersection|Complement|Eq|Ne|gamma|zeta|erf|LambertW)\b[.(]"
   rf"|(?<![A-Za-z\\])(?:{_GREEK}|pi|oo|inf|EmptySet|Reals|Integers|Rationals"
   r"|Naturals|Complexes|I)(?![A-Za-z])|\d[jJ]\b|\[\[|\)\s*[&|]\s*\("
 )
 _TOKEN = re.compile(
   r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?j?)"
-  r"|(?P<name>[^\W\d]\w*)|(?P<op>\*\*|[<>=!]=|[-+*/^(),\[\]{}<>.&|;]))"
+  r"|(?P<name>[^\W\d]\w*)|(?P<op>\*\*|[<>=!]=|[-+*/^(),\[\]{}<>=.&|;]))"
 )
 # A letter before these in brackets is a function, as the grammar has it.
 _ARGUMENTS = re.compile(
   r"\s*\(\s*-?[\w.]+(?:(?:\^|\*\*)\w+)?(?:\s*,\s*-?[\w.]+)*\s*\)"
 )
 _LETTER = re.compile(rf"(?:{_GREEK}|[A-Za-z])(?:_?\d+|_[A-Za-z])?")
+_WRITTEN = {"^": "**", ";": ",", "=": "==", "lambda": "lamda"}
 _MODULES = frozenset({"math", "np", "numpy", "sympy", "sp", "S", "cmath"})
 _CONSTANTS: dict[str, Any] = {
   "pi": sympy.pi,
@@ -292,8 +308,12 @@ def read_printed(text: str) -> Any:
   Raises:
     Exception: of any kind, for text that is nothing of that.
   """
-  tree = ast.parse(with_products(text), mode="eval")
-  return build(tree.body)
+  body = ast.parse(with_products(text), mode="eval").body
+  if isinstance(body, ast.Tuple) and body.elts:
+    has_brackets = body.elts[0].col_offset > body.col_offset
+    if not has_brackets:
+      return latex2sympy2_extended.sets.FiniteSet(*map(build, body.elts))
+  return build(body)
 
 
 def with_products(text: str) -> str:
@@ -318,7 +338,7 @@ def with_products(text: str) -> str:
         raise ValueError("1/2x can be read in two ways")
       written.append("*")
     divided = (written or [""])[-1] == "/" and kind == "number"
-    written.append({"^": "**", ";": ",", "lambda": "lamda"}.get(token, token))
+    written.append(_WRITTEN.get(token, token))
     before = token if token == ")" else kind
     if is_called and _LETTER.fullmatch(token):
       before = "function"
@@ -335,6 +355,14 @@ _SETS: dict[str, Any] = {
   "Complement": lambda *sets: sympy.Complement(*sets, evaluate=False),
   "FiniteSet": latex2sympy2_extended.sets.FiniteSet,
   "Matrix": lambda rows: matrix(rows),
+  "array": lambda members: members,
+  "log2": lambda x: sympy.log(x, 2, evaluate=False),
+  "log10": lambda x: sympy.log(x, 10, evaluate=False),
+  **{
+    # numpy's repr of a number
+    name: lambda number: number
+    for name in ("float32", "float64", "int32", "int64")
+  },
   "Eq": lambda *sides: sympy.Eq(*sides, evaluate=False),
   "Ne": lambda *sides: sympy.Ne(*sides, evaluate=False),
   "sqrt": lambda x: sympy.Pow(x, sympy.S.Half, evaluate=False),
@@ -507,6 +535,9 @@ def value(node: Any, at: dict[str, Any]) -> Any:
   found = node.func(*args)
   if found.has(sympy.nan, sympy.zoo):
     raise Undefined
+  is_limit = isinstance(node, sympy.Expr) and any(a.is_infinite for a in args)
+  if is_limit and found not in (sympy.oo, -sympy.oo):
+    raise Undefined  # 1/oo is no number
   return found
 
 
@@ -571,11 +602,22 @@ def check_size(node: Any, args: list) -> None:
     if exponent.is_Rational:
       size = bits(base) * power
     size = max(size, abs(log2(base)) * power)
+    if base.is_Rational and not base.is_Integer:
+      size *= _MAX_BITS / _MAX_FRACTION_BITS
+  elif isinstance(node, sympy.Add | sympy.Mul):
+    numbers = [arg for arg in args if arg.is_Rational]
+    if not all(number.is_Integer for number in numbers):
+      size = sum(map(bits, numbers)) * _MAX_BITS / _MAX_FRACTION_BITS
   elif isinstance(node, sympy.factorial | sympy.gamma | sympy.binomial):
     top = magnitude(args[0])
-    if top > _MAX_FACTORIAL and not (
-      len(args) == 2 and magnitude(args[1]) < _MAX_FACTORIAL / 10
-    ):
+    if isinstance(node, sympy.binomial) and args[1].is_number:
+      below = magnitude(args[1])
+      if args[0].is_Integer:
+        below = min(below, magnitude(args[0] - args[1]))
+      # sympy multiplies so many factors, of at least so many bits, one by one
+      if below * max(17, bits(args[0])) > _MAX_PRODUCT:
+        raise TooLarge
+    elif top > _MAX_FACTORIAL:
       raise TooLarge
   if size > _MAX_BITS:
     raise TooLarge
@@ -867,6 +909,12 @@ def are_equal_collections(gold: Any, answer: Any) -> bool:
     )
   tuples = as_tuple(gold), as_tuple(answer)
   lists = tuples[0] or listed(gold), tuples[1] or listed(answer)
+  if all(lists):
+    names = {pair[0] for pair in map(named, lists[0]) if pair}
+    if len(names) > 1 and not any(map(named, lists[1])):
+      return are_equal_lists(*lists)  # x=1, y=2 is no set of solutions
+    if not tuples[0] and len(set(lists[0])) < len(lists[0]):
+      return is_permutation(*lists, are_equal)  # nor is what repeats a member
   if any(tuples) and all(lists):  # (1,2) is read as an interval
     if tuples[0]:
       return are_equal_lists(*lists)
@@ -876,6 +924,8 @@ def are_equal_collections(gold: Any, answer: Any) -> bool:
     return True
   if not any(isinstance(one, sympy.Set) for one in (*parts, *others)):
     return False
+  if len(parts) + len(others) > _MAX_PIECES:
+    raise TooLarge
   parts, others = map(split_union, (canonical(gold), canonical(answer)))
   return is_permutation(parts, others, are_equal_pieces)
 
@@ -927,6 +977,8 @@ def split_union(node: Any) -> list:
 
 
 def are_equal_pieces(gold: Any, answer: Any) -> bool:
+  if as_tuple(gold) and as_tuple(answer):
+    return are_equal(gold, answer)
   if isinstance(gold, sympy.Set) != isinstance(answer, sympy.Set):
     return False
   is_pair = isinstance(gold, sympy.Interval) or not isinstance(gold, sympy.Set)
@@ -975,6 +1027,11 @@ def as_set(node: Any) -> Any:
     return canonical(operation(*map(as_set, node.args), evaluate=False))
   if any(isinstance(side, sympy.Set) for side in node.args):
     return node.args[-1]
+  if any(
+    power.exp.is_Number and abs(power.exp) > _MAX_DEGREE
+    for power in node.atoms(sympy.Pow)
+  ):
+    raise TooLarge
   functions = node.atoms(sympy.core.function.AppliedUndef)
   node = node.subs({f: sympy.Symbol(str(f.func), real=True) for f in functions})
   return node.as_set()
