@@ -329,6 +329,9 @@ def _write_llama3(name: str, arguments: Mapping[str, Any], gap: str) -> str:
 
 _FUNCTION = re.compile(r"<function=([^<>\n]+)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^<>\n]+)>")
+_NEXT_FUNCTION = re.compile(
+  r"\s*</function>\s*<function=[^<>\n]+>\s*<parameter="
+)
 _FUNCTION_END, _PARAMETER_END = "</function>", "</parameter>"
 
 
@@ -365,6 +368,8 @@ def read_qwen_xml(raw: str) -> Body:
       behind = end + len(_PARAMETER_END)
       if behind == len(body) or _PARAMETER.match(body, behind):
         break
+      if _NEXT_FUNCTION.match(body, behind):
+        raise BadCallError("bad XML", "a call holds one function alone")
       end = body.find(_PARAMETER_END, behind)
     if end < 0:
       raise BadCallError("bad XML", f"parameter {name!r} is not closed")

@@ -171,6 +171,13 @@ XML_CALL = (
     ((XML_CALL % 1).replace("</function>", ""), ["bad XML"]),
     ((XML_CALL % 1).replace("<function=python>", ""), ["bad XML"]),
     ((XML_CALL % 1).replace("</tool_call>", ""), ["unclosed"]),
+    (
+      (XML_CALL % 1).replace(
+        "</function>",
+        "</function><function=python><parameter=code>2</parameter></function>",
+      ),
+      ["bad XML"],
+    ),
     ('<tool_call>{"name": "python", "arguments": {}}</tool_call>', ["bad XML"]),
     (
       (XML_CALL % 1).replace("</function>", "<parameter=code>2</parameter>")
