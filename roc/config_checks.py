@@ -7,7 +7,6 @@ before any work starts and none of it needs a device.
 
 import dataclasses
 import inspect
-import math
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -105,10 +104,14 @@ def _at_least(c: "config_lib.Config", low: float, *keys: str) -> None:
     _require(value >= low, f"config.{key} must be at least {low}, got {value}")
 
 
+_LARGEST = 3.4e38  # what float32 still holds
+_COLDEST = 1e-4  # logits divided by less leave the range of float32
+
+
 def _check_finite(c: "config_lib.Config") -> None:
   for key, value in _numbers(dataclasses.asdict(c), "config"):
     _require(
-      math.isfinite(value), f"{key} must be a finite number, got {value}"
+      abs(value) <= _LARGEST, f"{key} must be a finite number, got {value}"
     )
 
 
@@ -240,9 +243,14 @@ def _check_lora(c: "config_lib.Config") -> None:
 def _check_sampling(c: "config_lib.Config") -> None:
   s = c.sampling
   _require(
-    s.temperature > 0,
-    f"config.sampling.temperature must be above 0, got {s.temperature}; for"
-    " greedy evaluation set config.eval.temperature to 0",
+    s.temperature >= _COLDEST,
+    f"config.sampling.temperature must be at least {_COLDEST}, got"
+    f" {s.temperature}; for greedy evaluation set config.eval.temperature to 0",
+  )
+  _require(
+    c.eval.temperature == 0 or c.eval.temperature >= _COLDEST,
+    f"config.eval.temperature must be 0 (greedy) or at least {_COLDEST}, got"
+    f" {c.eval.temperature}",
   )
   _require(
     0 < s.top_p <= 1, f"config.sampling.top_p must be in (0, 1], got {s.top_p}"

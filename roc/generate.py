@@ -109,8 +109,8 @@ def _check(values: argparse.Namespace) -> None:
   for name, holds, wanted in (
     (
       "temperature",
-      0 <= values.temperature < math.inf,
-      "at least 0 and finite",
+      values.temperature == 0 or 1e-4 <= values.temperature < math.inf,
+      "0 (greedy), or at least 0.0001 and finite",
     ),
     ("top_p", 0 < values.top_p <= 1, "above 0 and at most 1"),
     ("top_k", values.top_k >= 0, "at least 0"),

@@ -355,9 +355,10 @@ def test_a_tool_that_the_template_does_not_show(refused, folder):
 def test_what_cannot_be_generated(refused, folder, tmp_path):
   flags = ("generate", "--model", folder, "--prompt=x")
   for flag, said in (
-    ("--temperature=-1", "--temperature must be at least 0"),
+    ("--temperature=-1", "--temperature must be 0 (greedy), or at least"),
+    ("--temperature=1e-9", "--temperature must be 0 (greedy), or at least"),
     ("--greedy --temperature=1", "not allowed with argument --greedy"),
-    ("--temperature=inf", "--temperature must be at least 0 and finite"),
+    ("--temperature=inf", "at least 0.0001 and finite"),
     ("--top_p=0", "--top_p must be above 0"),
     ("--top_p=nan", "--top_p must be above 0"),
     ("--top_k=999999", "--top_k (999999) exceeds the vocabulary of"),

@@ -84,6 +84,8 @@ def test_booleans_are_no_numbers():
     ({"sampling.n_slots": 0}, "n_slots must be at least 1"),
     ({"sampling.page": 0}, "page must be at least 1"),
     ({"sampling.temperature": 0.0}, "config.eval.temperature"),
+    ({"sampling.temperature": 1e-30}, "temperature must be at least 0.0001"),
+    ({"eval.temperature": 1e-30}, r"temperature must be 0 \(greedy\) or at"),
     ({"sampling.top_p": 0.0}, "sampling.top_p"),
     ({"sampling.chunk": 0}, "sampling.chunk must be at least 1, got 0"),
     ({"sampling.cache_length": 512}, "last of config.train.buckets"),
@@ -141,7 +143,8 @@ def test_settings_that_cannot_be_are_one_sentence(settings, text):
   assert re.search(r"config\.\w+", str(e.value))
 
 
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+# 1e300 is finite in the file and not in float32, where it is used.
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e300])
 def test_no_number_is_infinite_or_nan(value):
   numbers = [
     key
