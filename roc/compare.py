@@ -216,8 +216,8 @@ def _refuse_other_runs(cfg: config_lib.Config, jobs: Sequence[Job]) -> None:
       gin_text=host.gin_text,
       identity=build.identity(job.cfg, job.program, data),
       defaults=config_lib.defaults(job.cfg),
-      remedy="give compare another --workdir, or remove that directory to train"
-      " this run anew",
+      remedy="give compare another --workdir, or move that directory away to"
+      " train this run anew",
     )
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib.util  # noqa: F401 (gin uses it and does not import it)
 import inspect
+import logging
 import pathlib
 import re
 import typing
@@ -276,7 +277,7 @@ def _find(name: str) -> pathlib.Path:
   folder = here.parent if here.parent.is_dir() else checkout.parent
   others = [p.name for p in folder.glob("*.gin")] if folder.is_dir() else []
   raise errors.UserError(
-    f"gin file {name} does not exist{errors.closest(here.name, others)}; give"
+    f"gin file {name!r} does not exist{errors.closest(here.name, others)}; give"
     " --config.host.gin_files a path from here or from the checkout"
   )
 
@@ -284,15 +285,23 @@ def _find(name: str) -> pathlib.Path:
 @contextlib.contextmanager
 def _one_sentence(where: str) -> Generator[None]:
   """Makes one sentence of what gin or a part of the host objects to."""
+  root = logging.getLogger()
+  root.addFilter(_is_not_of_gin)
   try:
     yield
-  except errors.UserError:
-    raise
+  except errors.UserError as e:
+    # gin adds lines that say which of its calls this passed through.
+    said, added, _ = str(e).partition("\n  In call to configurable")
+    if not added:
+      raise
+    raise errors.UserError(said) from e
   except Exception as e:
     text = str(e)
     said = e.msg if isinstance(e, SyntaxError) else text
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     first = lines[0].rstrip(".") if lines else repr(e)
+    if first.startswith("malformed node or string"):  # ends in an address
+      first = "the value is no literal of Python; put text in quotes"
     unset = re.match(r"No bindings specified for '(.*)/gin.macro'", first)
     if unset:
       first = f"the macro %{unset[1]} is used and never set"
@@ -303,6 +312,14 @@ def _one_sentence(where: str) -> Generator[None]:
     elif line and not where.startswith("gin binding"):
       where += f" line {line[1]}"
     raise errors.UserError(f"{where}: {first}{_hint(first)}") from e
+  finally:
+    root.removeFilter(_is_not_of_gin)
+
+
+def _is_not_of_gin(record: logging.LogRecord) -> bool:
+  """What gin logs of a missing file, it raises as well."""
+  of_gin = pathlib.Path(gin.config.__file__).parent
+  return pathlib.Path(record.pathname).parent != of_gin
 
 
 def _hint(sentence: str) -> str:
@@ -423,5 +440,10 @@ def _bound_literals() -> Iterator[tuple[str, str, inspect.Parameter, Any]]:
       with gin.config_scope(scope or None):
         bound = gin.get_bindings(name, resolve_references=False)
       for key, value in bound.items():
+        if isinstance(value, gin.config.ConfigurableReference):
+          scope_and_name = value.config_key
+          if scope_and_name[1] == _MACRO:
+            macro = gin.config._CONFIG.get(scope_and_name, {})
+            value = macro.get("value")
         if isinstance(value, bool | int | float | str):
           yield name, key, parameters[key], value

@@ -123,6 +123,8 @@ def test_the_runs_seed_orders_training_and_not_evaluation():
       "math_score.cpu_s = 3.0",
       "math_score.cpu_s: nothing in this run takes it",
     ),
+    ("Sandbox.wall_s = nan", r"`: the value is no literal .* in quotes$"),
+    ("w = 'x'\nLimits.wall_s = %w", "Limits.wall_s must be float, got 'x'"),
     ("half a statement", "`half a statement`: Couldn't parse"),
     ("import no_such_module", "No module named 'no_such_module'"),
   ],
@@ -175,6 +177,35 @@ def test_a_missing_task_file_is_named(tmp_path):
   path = str(tmp_path / "rows.jsonl")
   with pytest.raises(errors.UserError, match="rows.jsonl"):
     build("host.train_task = @FileTask", f"FileTask.path = {path!r}")
+
+
+def test_a_directory_of_tasks_is_told_from_a_missing_file(tmp_path):
+  with pytest.raises(errors.UserError, match=r"is a directory; .*\*\.jsonl"):
+    build("host.train_task = @FileTask", f"FileTask.path = '{tmp_path}'")
+
+
+@pytest.mark.parametrize(
+  "line, text",
+  [
+    (b'{"question": "1+2?"', "not JSON"),
+    (b'{"question": "\xff", "answer": "3"}', "UTF-8"),
+    (b"[1]", "object"),
+  ],
+)
+def test_a_bad_line_of_a_task_file_is_one_sentence(tmp_path, line, text):
+  path = tmp_path / "rows.jsonl"
+  path.write_bytes(b'{"question": "1+1?", "answer": "2"}\n' + line + b"\n")
+  with pytest.raises(
+    errors.UserError, match=f"rows.jsonl line 2: .*{text}"
+  ) as e:
+    build("host.train_task = @FileTask", f"FileTask.path = '{path}'")
+  assert "\n" not in str(e.value)
+
+
+def test_gin_does_not_log_what_it_raises(caplog):
+  with pytest.raises(errors.UserError, match=r"Unable to open file: no\.gin"):
+    build('include "no.gin"')
+  assert not caplog.records
 
 
 def test_mistakes_in_files_name_the_line(tmp_path):

@@ -41,6 +41,11 @@ def find(name: str | pathlib.Path) -> list[pathlib.Path]:
     found = [file for file in jsonl.find(path) if file.is_file()]
     if found:
       return found
+  if pathlib.Path(text).is_dir() or (_CHECKOUT / text).is_dir():
+    raise ValueError(
+      f"task file {name} is a directory; give a file, or a pattern such as"
+      f" {name}/*.jsonl"
+    )
   raise ValueError(f"task file {name} does not exist; give the path of one")
 
 
