@@ -104,6 +104,7 @@ _REWRITES = tuple(
     (r"\\(gcd|lcm)\{(\([^{}]*\))\}", r"\\\1\2"),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\varnothing", r"\\emptyset"),
+    (r"\\dots(?![A-Za-z])|(?<=,) ?\.\.\.", r"\\ldots "),
     (r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3})", ""),  # thousands, whatever is around
     (r"\{,\}", ","),
     (r"(?<=\d)(?<!\\)\\[,!;: ]\s*(?=\d{3})", ""),
@@ -156,6 +157,8 @@ _LIST = re.compile(r",|;|(?<![a-z])(?:and|or)(?![a-z])")
 _NUMERIC_COMMANDS = re.compile(
   r"\\(?:frac|sqrt|pi|times|cdot|div|pm|circ|text|mathrm)(?![A-Za-z])"
 )
+_CLOCK = re.compile(r"\d{1,2}:0\d")
+_GOES_ON = re.compile(r",.*(?:\\[lcd]?dots|\.\.\.)|(?:\\[lcd]?dots|\.\.\.).*,")
 # Where one of these stands in the answer and not in the gold answer, the
 # problem was restated, not solved. Of calls as Python writes them, too.
 _UNDONE = re.compile(
@@ -476,6 +479,8 @@ def _compare_words(a: str, g: str) -> bool | None:
   gold_choice, choice = _CHOICE.fullmatch(_flat(g)), _CHOICE.fullmatch(_flat(a))
   if gold_choice and choice:
     return gold_choice[1].casefold() == choice[1].casefold()
+  if _CLOCK.fullmatch(units.split(g).bare):  # a time of day, and no ratio
+    return units.split(a).bare == units.split(g).bare
   flat_a, flat_g = _flat(a).casefold(), _flat(g).casefold()
   if flat_a == flat_g:
     return True
@@ -513,6 +518,8 @@ def _fault(a: str, g: str) -> str:
     return "nested too deeply"
   if _TWO_NUMBERS.search(a) and number(units.split(a).bare) is None:
     return "two numbers side by side"
+  if bool(_GOES_ON.search(a)) != bool(_GOES_ON.search(g)):
+    return "a list that goes on"
   undone = _operations(a) - _operations(g)
   if undone:
     return f"left undone: {min(undone)}"

@@ -238,7 +238,7 @@ _PRINTED = re.compile(
   r"|Min|min|floor|ceil|ceiling|Rational|Fraction|Interval|Union|Matrix"
   r"|array|float\d+|int\d+|FiniteSet|Intersection|Complement|Eq|Ne|gamma|zeta|erf|LambertW)\b[.(]"
   rf"|(?<![A-Za-z\\])(?:{_GREEK}|pi|oo|inf|EmptySet|Reals|Integers|Rationals"
-  r"|Naturals|Complexes|I)(?![A-Za-z])|\d[jJ]\b|\[\[|\)\s*[&|]\s*\("
+  r"|Naturals|Complexes|I)(?![A-Za-z])|\d[jJ]\b|\[\[|(?<![A-Za-z\\])(?!(?<=\d)[eE])[A-Za-z]\d|\)\s*[&|]\s*\("
 )
 _TOKEN = re.compile(
   r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?j?)"
