@@ -44,6 +44,13 @@ _KINDS = (
   resource.RLIMIT_NPROC,
   resource.RLIMIT_AS,
 )
+# Hard bounds that a zygote takes on for all of its children: no priority above
+# the supervisor's, and few timers and signals, which are kernel memory.
+_BOUNDS = (
+  (resource.RLIMIT_NICE, 0),
+  (resource.RLIMIT_RTPRIO, 0),
+  (resource.RLIMIT_SIGPENDING, 4096),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +92,10 @@ class Context:
     """
     reporter = report.Reporter(setup["library_dirs"])
     reporter.install()
+    for kind, most in _BOUNDS:
+      hard = resource.getrlimit(kind)[1]
+      most = most if hard == resource.RLIM_INFINITY else min(hard, most)
+      resource.setrlimit(kind, (most, most))
     sys.argv = [report.TOOL_FILE]
     sys.path.insert(0, "")
     if confinement.box:

@@ -53,6 +53,10 @@ _ALWAYS_DENIED = """
   syslog 103 116, settimeofday 164 170, clock_settime 227 112,
   clock_adjtime 305 266, adjtimex 159 171, sethostname 170 161,
   setdomainname 171 162, vhangup 153 58,
+  # What a whole user or machine shares: watches (which also tell what other
+  # calls open), slots for requests, the writing out of all disks.
+  inotify_init 253 -, inotify_init1 294 26, io_setup 206 0, sync 162 81,
+  syncfs 306 267,
   # Rules without end: kernel memory that nobody counts.
   landlock_create_ruleset 444 444, landlock_add_rule 445 445,
   # Objects that outlive the call, outside its files and uncounted.
@@ -104,6 +108,7 @@ _LOAD = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _AND = 0x54  # BPF_ALU | BPF_AND | BPF_K
 _IF_EQUAL = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _IF_AT_LEAST = 0x35  # BPF_JMP | BPF_JGE | BPF_K
+_JUMP = 0x05  # BPF_JMP | BPF_JA
 _RETURN = 0x06  # BPF_RET | BPF_K
 _ALLOW = 0x7FFF0000
 _FAIL = 0x00050000
@@ -267,8 +272,12 @@ def _search(runs: list[tuple[int, _Rule | None]]) -> list[_Instruction]:
     return _end(runs[0][1])
   middle = len(runs) // 2
   below, above = _search(runs[:middle]), _search(runs[middle:])
-  # A jump has eight bits: packing fails should one half ever outgrow them.
-  return [(_IF_AT_LEAST, len(below), 0, runs[middle][0]), *below, *above]
+  first = runs[middle][0]
+  if len(below) < 1 << 8:
+    return [(_IF_AT_LEAST, len(below), 0, first), *below, *above]
+  # The jump of a comparison has eight bits.
+  far = (_JUMP, 0, 0, len(below))
+  return [(_IF_AT_LEAST, 0, 1, first), far, *below, *above]
 
 
 def build(

@@ -219,6 +219,14 @@ _OTHERS = {
     "child = call(t['clone'], 0x10000000 | signal.SIGCHLD, 0, 0, 0, 0)\n"
     "child or os._exit(0)"
   ),
+  "watch what others open": (
+    "fd = checked(libc.inotify_init())\n"
+    "checked(libc.inotify_add_watch(fd, os.__file__.encode(), 0x20))"
+  ),
+  "write out all disks": "checked(libc.syncfs(os.open('.', os.O_RDONLY)))",
+  "take all slots for requests": (
+    "call(0 if os.uname().machine == 'aarch64' else 206, 9, bytes(8))"
+  ),
   "make a message queue": "checked(libc.msgget(0, 0o1600))",
   "make a shared segment": "checked(libc.shmget(0, 4096, 0o1600))",
   "add a key": "call(t['add_key'], b'user', b'k', b'x', 1, -2)",

@@ -132,6 +132,8 @@ def run(program: bytes, arch: int, number: int, arguments=()) -> int:
       at += if_true if accumulator == k else if_false
     elif code == 0x35:
       at += if_true if accumulator >= k else if_false
+    elif code == 0x05:
+      at += k
     elif code == 0x06:
       assert n_steps < 30, "the search is not balanced"
       if k == 0x7FFF0000:

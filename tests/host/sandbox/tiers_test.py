@@ -347,6 +347,37 @@ def test_no_call_ends_what_runs_it_at_t1(user):
   assert play_program(user, ["-c", SIGNALLED]) == ["OK", "OK", 0]
 
 
+PRIORITY = """
+import contextlib, json, resource
+for kind in (resource.RLIMIT_RTPRIO, resource.RLIMIT_NICE):
+  with contextlib.suppress(ValueError):  # this root may not
+    resource.setrlimit(kind, (40, 40))
+from roc.host import sandbox
+code = '''
+import ctypes, os
+for act in (lambda: os.nice(-9),
+    lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(9))):
+  try: print(act())
+  except OSError as error: print(error.errno)
+libc, n = ctypes.CDLL(None), 0
+event, timer = (ctypes.c_int * 16)(0, 0, 10, 0), ctypes.c_void_p()
+while n < 5000 and not libc.timer_create(0, event, ctypes.byref(timer)): n += 1
+print(n < 5000)
+'''
+with sandbox.Sandbox(n_workers=1) as box:
+  results = [
+    box.run(code, tool=tool, trajectory="t") for tool in ("python", "session")
+  ]
+print(json.dumps([r.stdout + r.stderr for r in results]))
+"""
+
+
+@needs_root
+def test_no_call_takes_precedence_where_the_user_may():
+  results = play_program("root", ["-c", PRIORITY])
+  assert results == [f"{errno.EPERM}\n{errno.EPERM}\nTrue\n"] * 2
+
+
 # Descriptors that are under way are counted for all of a user.
 UNDER_WAY = """
 import json
