@@ -296,13 +296,14 @@ def run(cfg: config_lib.Config, workdir: pathlib.Path) -> None:
       row, groups = evaluator.run(
         loaded.params, loaded.step, on_finished=lambda n, _: bar.update(n)
       )
+  table = rich.table.Table("metric", "value")
+  for name, value in row.items():
+    table.add_row(name, "–" if value is None else f"{value:.4g}")
+  rich.console.Console(highlight=False).print(table)
+  # Shown first: a workdir that cannot be written must not lose the numbers.
   text = json.dumps(row, indent=1, allow_nan=False)
   (workdir / "eval.json").write_text(text + "\n")
   with (workdir / "eval_rollouts.jsonl").open("w") as out:
     for e in (e for g in groups for e in g):
       out.write(e.to_json(host.tokenizer) + "\n")
-  table = rich.table.Table("metric", "value")
-  for name, value in row.items():
-    table.add_row(name, "–" if value is None else f"{value:.4g}")
-  rich.console.Console(highlight=False).print(table)
   build.say(f"written: {workdir / 'eval.json'}")

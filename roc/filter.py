@@ -331,7 +331,8 @@ def _whole_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
   except OSError as e:
     raise errors.UserError(f"cannot write {path}: {e.strerror}") from e
   finally:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a read-only file system
+      partial.unlink(missing_ok=True)
 
 
 def _write_plot(path: pathlib.Path, found: filter_report.Found) -> None:

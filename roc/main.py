@@ -279,10 +279,14 @@ def _run(
     else:
       program.run(config, workdir)
   except OSError as e:
-    if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+      remedy = "make room"
+    elif e.errno == errno.EROFS or _is_forbidden(e, workdir):
+      remedy = "mend its permissions"
+    else:
       raise
     raise errors.UserError(
-      f"cannot write under {workdir}: {e.strerror}; make room and run the same"
+      f"cannot write under {workdir}: {e.strerror}; {remedy} and run the same"
       " command again"
     ) from e
   except RuntimeError as e:
@@ -291,6 +295,14 @@ def _run(
     if isinstance(e, sandbox.SandboxError):
       raise errors.UserError(str(e)) from e
     raise
+
+
+def _is_forbidden(e: OSError, workdir: pathlib.Path) -> bool:
+  """Whether it is about the rights to a path in the workdir."""
+  if e.errno not in (errno.EACCES, errno.EPERM) or e.filename is None:
+    return False
+  path = pathlib.Path(os.path.abspath(os.fsdecode(e.filename)))
+  return path.is_relative_to(os.path.abspath(workdir))
 
 
 def _program(name: str) -> ModuleType:

@@ -4,6 +4,7 @@ The lock dies with the process that holds it; files are written whole or not at
 all; two records are told apart in the words of whoever set them.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -123,7 +124,8 @@ def write_text(path: places.Path, text: str) -> None:
       os.fsync(f.fileno())
     partial.replace(path)
   except OSError as e:
-    partial.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a read-only file system
+      partial.unlink(missing_ok=True)
     raise unwritable(path, e) from e
 
 

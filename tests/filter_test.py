@@ -1,8 +1,10 @@
 """`roc.main filter`: the trainer's choice, figures by hand, mistakes."""
 
+import errno
 import functools
 import gzip
 import json
+import pathlib
 import random
 import subprocess
 import sys
@@ -433,6 +435,19 @@ def test_what_is_read_is_not_overwritten(tmp_path, capsys):
   assert "there is no directory" in err or "would overwrite" in err
   assert "would overwrite" in run(capsys, path, f"--output={path}")[2]
   assert path.read_bytes() == before
+
+
+def test_a_file_system_that_is_read_only(tmp_path, monkeypatch, capsys):
+  path = write(tmp_path / "g.jsonl", TRANSCRIPTS)
+
+  def refuse(self, *_, **__):
+    raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+  monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+  (tmp_path / "there").mkdir()  # cannot be replaced by a file
+  code, _, err = run(capsys, path, f"--output={tmp_path / 'there'}")
+  assert code == 2 and err.count("\n") == 1
+  assert f"cannot write {tmp_path / 'there'}" in err
 
 
 def test_the_seed_draws_and_sort_does_not(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The command line: help, one sentence per mistake, exit codes."""
 
+import errno
 import os
 import re
 import subprocess
@@ -267,6 +268,19 @@ def test_a_programs_user_error_and_a_bug_are_told_apart(
   assert fails(capsys, *argv) == "error: no such file: x; give another\n"
   stop_with(ValueError("a bug"))
   with pytest.raises(ValueError, match="a bug"):
+    main.main(argv)
+  for number, remedy in (
+    (errno.ENOSPC, "make room"),
+    (errno.EROFS, "mend its permissions"),
+    (errno.EACCES, "mend its permissions"),
+  ):
+    stop_with(OSError(number, os.strerror(number), "w/eval.json"))
+    assert fails(capsys, *argv) == (
+      f"error: cannot write under w: {os.strerror(number)}; {remedy} and run"
+      " the same command again\n"
+    )
+  stop_with(PermissionError(errno.EACCES, "Permission denied", "/elsewhere"))
+  with pytest.raises(PermissionError):
     main.main(argv)
   stop_with(KeyboardInterrupt())
   assert main.main(argv) == 130
