@@ -158,7 +158,7 @@ _NUMERIC_COMMANDS = re.compile(
   r"\\(?:frac|sqrt|pi|times|cdot|div|pm|circ|text|mathrm)(?![A-Za-z])"
 )
 _CLOCK = re.compile(r"\d{1,2}:0\d")
-_GOES_ON = re.compile(r",.*(?:\\[lcd]?dots|\.\.\.)|(?:\\[lcd]?dots|\.\.\.).*,")
+_DOTS = re.compile(r"\\[lcd]?dots|\.\.\.")
 # Where one of these stands in the answer and not in the gold answer, the
 # problem was restated, not solved. Of calls as Python writes them, too.
 _UNDONE = re.compile(
@@ -518,7 +518,7 @@ def _fault(a: str, g: str) -> str:
     return "nested too deeply"
   if _TWO_NUMBERS.search(a) and number(units.split(a).bare) is None:
     return "two numbers side by side"
-  if bool(_GOES_ON.search(a)) != bool(_GOES_ON.search(g)):
+  if _goes_on(a) != _goes_on(g):
     return "a list that goes on"
   undone = _operations(a) - _operations(g)
   if undone:
@@ -527,6 +527,11 @@ def _fault(a: str, g: str) -> str:
   if len(brackets) == 2 and "{" in brackets and "" not in brackets:
     return "a set is no tuple"
   return ""
+
+
+def _goes_on(text: str) -> bool:
+  """Whether it is a list with dots."""
+  return "," in text and _DOTS.search(text) is not None
 
 
 def _operations(text: str) -> set[str]:

@@ -185,3 +185,9 @@ def test_long_texts_take_no_time():
   ):
     answers.compare(text, "x+7")
   assert time.monotonic() - started < 1
+
+
+def test_a_long_right_answer_takes_time_that_grows_with_its_length():
+  started = time.process_time()
+  assert answers.compare("1,2", "1,2," * 20_000).is_equal is not True
+  assert time.process_time() - started < 5
