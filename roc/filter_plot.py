@@ -111,4 +111,4 @@ def _draw_kept(
 def _name_ticks(ax: matplotlib.axes.Axes, names: Sequence[str]) -> None:
   ax.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(range(len(names))))
   ax.xaxis.set_major_formatter(matplotlib.ticker.FixedFormatter(list(names)))
-  ax.set_xlim(-0.5, len(names) - 0.5)
+  ax.set_xlim(-0.5, max(len(names), 1) - 0.5)  # no group may be left

@@ -485,6 +485,10 @@ def test_no_group_is_mixed(tmp_path, capsys):
   rows = [minimal("a", True), minimal("a", True)]
   code, out, _ = run(capsys, write(tmp_path / "a.jsonl", rows))
   assert code == 0 and "no group has correct and wrong rollouts" in out
+  # warnings are errors: an axis without a group has a width
+  assert (
+    run(capsys, tmp_path / "a.jsonl", f"--plot={tmp_path / 'p.svg'}")[0] == 0
+  )
 
 
 def test_mode_none_takes_groups_of_one(tmp_path, capsys):
