@@ -5,6 +5,7 @@ caller's sibling, or the first process of a pid namespace, never did.
 """
 
 import ctypes
+import itertools
 import os
 import platform
 import signal
@@ -55,7 +56,11 @@ _libc.setvbuf.argtypes = [
 ]
 _FULLY_BUFFERED = 0
 _buffer = ctypes.create_string_buffer(64)
-_stack = ctypes.create_string_buffer(_STACK_BYTES)
+# First processes take turns: one that has not come as far as read(2) yet must
+# not share its stack with the next.
+_N_STACKS = 16
+_stacks = ctypes.create_string_buffer(_N_STACKS * _STACK_BYTES)
+_turns = itertools.cycle(range(1, _N_STACKS + 1))
 
 
 def _check(returned: int, what: str) -> int:
@@ -161,7 +166,7 @@ def start_first_process(lifeline: int) -> int:
   nothing with it: it waits in read(2) until it is killed, or until the pipe
   ends with the last process that could write to it. Signals from inside its
   namespace do not reach it; where this process ignores SIGCHLD, so does it, and
-  the kernel reaps the namespace's orphans. All of them can stand on one stack:
+  the kernel reaps the namespace's orphans. Those that wait can share a stack:
   whichever comes back only ends, in one way or another.
 
   Args:
@@ -170,7 +175,7 @@ def start_first_process(lifeline: int) -> int:
   Raises:
     OSError: the kernel refused.
   """
-  top = (ctypes.addressof(_stack) + _STACK_BYTES) & ~63
+  top = (ctypes.addressof(_stacks) + next(_turns) * _STACK_BYTES) & ~63
   flags = _CLONE_VM | SIBLING | NEWPID | signal.SIGCHLD
   return _check(_python.clone(_read_one, top, int(flags), lifeline), "clone")
 

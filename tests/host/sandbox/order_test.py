@@ -95,7 +95,8 @@ def test_a_burst_of_many_trajectories_is_served_fairly(strong_box):
   is_late = any(nap.done() for nap in naps)
   results = [(text, future.result()) for text, future in futures]
   assert all(r.status == ToolStatus.OK for _, r in results)
-  assert all(r.stdout == text and r.retries == 0 for text, r in results)
+  odd = [(text, r) for text, r in results if r.stdout != text or r.retries]
+  assert odd == []
   waits = sorted(wait for _, wait in order)
   assert waits[-1] > limits.wall_s  # or it proves nothing
   assert waits[-1] <= 3 * waits[len(waits) // 2]
