@@ -185,7 +185,7 @@ def cut(
         raise errors.UserError(
           f"{other} holds some of the problems {first} to {last} already, cut"
           " otherwise; set config.collect.first, n_problems and shard so that"
-          " files agree, or delete that file"
+          " files agree, or move that file away"
         )
     shards.append(Shard(path, first, part))
   return shards
@@ -280,7 +280,8 @@ def _read(shard: Shard, samples: int) -> list[episode_lib.Episode]:
     episodes = list(episode_lib.read_episodes(shard.path))
   except ValueError as e:
     raise errors.UserError(
-      f"{e}, which is not as it was written; delete that file to draw it again"
+      f"{e}, which is not as it was written; move that file away to draw it"
+      " again"
     ) from e
   wanted = [p.id for p in shard.problems for _ in range(samples)]
   if [e.task_id for e in episodes] != wanted:

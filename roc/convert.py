@@ -47,7 +47,9 @@ def main(argv: Sequence[str]) -> int:
   values = make_parser().parse_args(argv)
   source, output = pathlib.Path(values.input), pathlib.Path(values.output)
   if output.exists():
-    raise errors.UserError(f"{output} exists; remove it or name another file")
+    raise errors.UserError(
+      f"{output} exists; name another file, or move it away"
+    )
   start = time.monotonic()
   try:
     found = list(jsonl.lines(source))

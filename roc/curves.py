@@ -52,7 +52,8 @@ def read(path: pathlib.Path) -> list[Row]:
       if not line.endswith(b"\n"):  # the run was killed
         continue
       raise errors.UserError(
-        f"{path} line {number}: not a JSON object with a step; remove the line"
+        f"{path} line {number}: not a JSON object with a step; mend that line,"
+        " or restore the file"
       ) from None
     rows.setdefault(step, {}).update(row)
   if not rows:

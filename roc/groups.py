@@ -188,5 +188,5 @@ def _check_ids(rollouts: Rollouts) -> None:
   raise errors.UserError(
     f"{rollouts.place(after)}: rollout {ids[first]} of group"
     f" {rollouts.groups[group[first]].name} is also {rollouts.place(before)};"
-    " delete one of the two, and filter different runs one by one"
+    " give a copy without one of the two, and filter different runs one by one"
   )

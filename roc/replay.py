@@ -16,7 +16,7 @@ from roc import errors, layout
 from roc.host import episode as episode_lib
 
 _ROLES = frozenset(role.value for role in layout.Role if role != 0)
-_MEND = "mend or delete that line"
+_MEND = "mend that line, or give a copy without it"
 
 Key = tuple[int, int]  # (step, place), as drawn
 
@@ -193,8 +193,9 @@ class Replay:
     if e.rollout_id in group:
       raise errors.UserError(
         f"{place}: step {e.step}, place {e.place}, rollout"
-        f" {e.rollout_id} is also {group[e.rollout_id]}; delete one of the"
-        " two, and keep the rollouts of different runs in different directories"
+        f" {e.rollout_id} is also {group[e.rollout_id]}; give a copy"
+        " without one of the two, and keep the rollouts of different runs in"
+        " different directories"
       )
     group[e.rollout_id] = place
 
@@ -220,8 +221,8 @@ def _fault(e: episode_lib.Episode, needs: Needs) -> str:
   """Why an episode cannot be trained on, and the remedy; empty if it can."""
   if e.stop_reason is None:
     return (
-      "the rollout has not ended (stop_reason is null); delete its group, or"
-      " draw it again"
+      "the rollout has not ended (stop_reason is null); give a copy without its"
+      " group, or draw it again"
     )
   if not e.token_ids:
     return f"the rollout holds no token; {_MEND}"

@@ -313,7 +313,7 @@ def _rows(data: bytes, path: Any) -> list[tuple[dict[str, Any], int]]:
         break
       raise errors.UserError(
         f'{path} line {number}: not a JSON object with an integer "step"; mend'
-        " or delete that line"
+        " that line, or restore the file"
       ) from None
     rows.append((row, end))
   return rows

@@ -273,7 +273,7 @@ def test_damaged_and_foreign_files(finished):
   path = finished / "rollouts" / "collect_eval" / NAMES[0]
   whole = path.read_text()
   path.write_text(whole[:-40])
-  with pytest.raises(errors.UserError, match="line 4: .*delete that file"):
+  with pytest.raises(errors.UserError, match="line 4: .*move that file away"):
     collect.run(settings(), finished)
   path.write_text(whole.replace("heldout-", "other-"))
   with pytest.raises(errors.UserError, match="does not hold .* move"):

@@ -166,7 +166,7 @@ def test_nothing_is_overwritten(steps, capsys):
   before = steps.read_bytes()
   argv = ["convert", "gsm8k", f"--input={SAMPLE}", f"--output={steps}"]
   assert main.main(argv) == 2
-  assert "exists; remove it or name another" in capsys.readouterr().err
+  assert "exists; name another file, or move it" in capsys.readouterr().err
   assert steps.read_bytes() == before
 
 

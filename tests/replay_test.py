@@ -164,7 +164,7 @@ def test_identity_is_the_contents(tmp_path):
   [
     (
       {"stop_reason": None},
-      "not ended .stop_reason is null.; delete its group",
+      "not ended .stop_reason is null.; give a copy without its group",
     ),
     ({"token_ids": [5, 6, 7, 8, 9, 100, 1, 2]}, "id 100 is outside .* of 100;"),
     ({"token_ids": [5, 6, 7, 8, 9, -1, 1, 2]}, "token id -1 is outside"),
@@ -174,7 +174,7 @@ def test_identity_is_the_contents(tmp_path):
     ),
     ({"token_ids": [], "roles": [], "logprobs": []}, "holds no token; mend"),
     ({"roles": [0] * 8}, "a role is not one of"),
-    ({"logprobs": [math.nan] * 8}, "not a finite number; mend or delete"),
+    ({"logprobs": [math.nan] * 8}, "not a finite number; mend that line"),
     ({"reward": math.inf}, "not a finite number"),
     (
       {"logprobs": [0.0] * 3 + [-1.0, 0.25, -1.0, -1.0, -1.0]},
@@ -195,7 +195,7 @@ def test_identity_is_the_contents(tmp_path):
       {"tool_records": episode(1, 1, 0).tool_records * 3},
       "has 3 tool calls and config.sampling.max_calls is 2; raise",
     ),
-    ({"rollout_id": 0}, r"place 1, rollout 0 is also .*a.jsonl line 1; del"),
+    ({"rollout_id": 0}, r"place 1, rollout 0 is also .*a.jsonl line 1; give"),
     (
       {"place": 2},
       "step 1, place 1 has 1 of the 2 rollouts that .*n_drawn asks for; low",

@@ -83,8 +83,8 @@ class Folder:
         other = self.tensors.setdefault(name, tensor)
         if other is not tensor:
           raise errors.UserError(
-            f"{path}: {name} is in both {other.file} and {file}; remove the"
-            " file that does not belong there"
+            f"{path}: {name} is in both {other.file} and {file}; move"
+            " the file away that does not belong there"
           )
     for name, file in index.items():
       if name not in self.tensors or self.tensors[name].file != file:
@@ -106,7 +106,7 @@ class Folder:
       raise errors.UserError(
         f"{self.path} holds two sets of weights: {listed}{more} beside those of"
         f" {INDEX_FILE if (self.path / INDEX_FILE).exists() else SINGLE_FILE};"
-        " remove one set"
+        " move one set away"
       )
 
   def _index(self) -> dict[str, str]:
