@@ -143,10 +143,16 @@ def test_a_binding_that_nothing_takes_names_the_nearest():
 
 
 def test_bindings_that_are_taken_late_or_through_others():
-  build("Toolbox.tool_name = %name", "name = 'c'")
-  build("host.score = @math_score", "math_score.cpu_s = %cpu", "cpu = 3.0")
-  build("host.score = @strict/math_score", "strict/math_score.cpu_s = 3.0")
-  build("ArithmeticTask.split = 'heldout'", files=[ARITHMETIC])
+  taken = (
+    ("Toolbox.tool_name = %name", "name = 'c'"),
+    ("host.score = @math_score", "math_score.cpu_s = %cpu", "cpu = 3.0"),
+    ("host.score = @strict/math_score", "strict/math_score.cpu_s = 3.0"),
+  )
+  for bindings in taken:
+    assert all(b.split(" =")[0] in build(*bindings).gin_text for b in bindings)
+  # The file scopes both of its tasks; a plain binding is behind theirs.
+  late = build("ArithmeticTask.split = 'heldout'", files=[ARITHMETIC])
+  assert "ArithmeticTask.split = 'heldout'" in late.gin_text
 
 
 def test_a_part_put_in_place_of_a_files_own_leaves_the_files_bindings_over(
