@@ -9,8 +9,8 @@ correct rollouts down three-fold.
 
 Source: GRPO-RoC, arXiv 2508.20722; the task is this project's own.
 Hardware: 2 CPU cores, under 15 minutes in all.
-Result: 68.8 % to 98.0 % with the tool, 0 % without; failing calls 25.1 % to
-2.2 % (docs/results.md).
+Result: 71.1 % to 98.4 % with the tool, 0 % without; failing calls 26.2 % to
+2.4 % (docs/results.md).
 
 Command:
   make quickstart

@@ -31,6 +31,7 @@ COLOURS = {
   "violet": ("#6a4fc0", "#b4a3f7"),
   "grey": ("#7b828c", "#959da8"),
 }
+_LEGEND_COLUMNS = 4
 FONTS = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 _RC = {
@@ -211,7 +212,8 @@ def _finish(
   ax.margins(x=0.02)
   n_series = len(ax.get_legend_handles_labels()[1])
   is_named = has_legend and n_series > 0
-  ax.set_title(title, pad=24 if is_named else 10)
+  n_lines = -(-n_series // _LEGEND_COLUMNS) if is_named else 0
+  ax.set_title(title, pad=10 + 14 * n_lines)
   if floor is not None:
     # Head room, so that a line at the top is not cut by the frame.
     low, high = ax.get_ylim()
@@ -225,7 +227,7 @@ def _finish(
     ax.legend(
       loc="lower left",
       bbox_to_anchor=(-0.01, 0.995),
-      ncols=min(4, n_series),
+      ncols=min(_LEGEND_COLUMNS, n_series),
       borderaxespad=0.0,
       columnspacing=1.2,
       handletextpad=0.5,
