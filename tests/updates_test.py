@@ -151,6 +151,7 @@ def assert_as_one_device(mesh, minibatches, is_recomputed, has_kl, rank, micro):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_minibatches_on_a_mesh_equal_one_device():
   assert_as_one_device((2, 2, 2), 2, True, True, 2, micro=0)
 
